@@ -1,0 +1,9 @@
+/* Une équation plus large que la page se fait défiler aussi au clavier. */
+"use strict";
+
+document.addEventListener("DOMContentLoaded", async () => {
+  await window.MathJax?.startup?.promise;
+  for (const equation of document.querySelectorAll("mjx-container, div.math")) {
+    if (equation.scrollWidth > equation.clientWidth + 1) equation.tabIndex = 0;
+  }
+});
