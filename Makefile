@@ -55,9 +55,9 @@ serve: site ## sert le site sur cette machine, à l’adresse affichée
 	@$(PY) -m http.server --bind 127.0.0.1 --directory $(BUILD)/html
 
 pins: $(INSTALLED) ## fige les dépendances indirectes installées dans constraints.txt
+	@$(PY) -m pip freeze --all --exclude-editable --exclude pip > $(VENV)/pins
 	@{ echo "# Toutes les versions installées, dépendances indirectes comprises. Écrit par « make pins »."; \
-	  $(PY) -m pip freeze --all --exclude-editable --exclude pip | sed 's/+[a-z0-9.]*$$//'; } > $(VENV)/pins
-	@mv $(VENV)/pins constraints.txt
+	  sed 's/+[a-z0-9.]*$$//' $(VENV)/pins; } > constraints.txt
 
 clean: ## efface ce qui a été construit, mais pas l’environnement
 	rm -rf $(BUILD) .pytest_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ URLS = PROJECT.get("urls", {})
 
 project = "L’atelier des LLM"
 author = "Les auteurs de l’atelier des LLM"
+copyright = f"{author}, CC BY-SA 4.0"
 version = release = PROJECT["version"]
 language = "fr"
 
@@ -23,8 +24,10 @@ root_doc = "index"
 include_patterns = ["index.rst", "docs/*.rst", "docs/annexes/*.rst", "docs/api/*.rst", "lessons/*.ipynb"]
 source_suffix = {".rst": "restructuredtext", ".ipynb": "myst-nb"}
 templates_path = ["docs/_templates"]
-suppress_warnings = ["toc.empty_glob"]  # tant qu’aucun chapitre n’est écrit
-rst_prolog = f".. |version| replace:: {version}\n"
+suppress_warnings = [
+    "epub.unknown_project_files",  # les polices
+    "toc.empty_glob",  # tant qu’aucun chapitre n’est écrit
+]
 
 extensions = [
     "myst_nb",
@@ -47,7 +50,7 @@ extensions = [
     "recherche",
 ]
 
-# --- Carnets : tels qu’ils sont dans le dépôt, jamais exécutés par la construction -----
+# --- Carnets : tels qu’ils sont dans le dépôt, jamais exécutés par la construction --------------------------
 
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # par défaut, deux scripts pris chez des tiers
@@ -100,6 +103,7 @@ html_theme_options = {
         "image_dark": "docs/_static/logo-sombre.svg",
     },
     "navbar_persistent": [],
+    "back_to_top_button": False,
     "search_bar_text": "Rechercher dans le cours…",
     "toc_title": "Sur cette page",
     "show_navbar_depth": 1,

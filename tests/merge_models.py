@@ -6,12 +6,9 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # aucun essai ne sort ; à dire avant que huggingface_hub ne soit chargé
 
 import pytest
 import torch

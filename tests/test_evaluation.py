@@ -1,4 +1,4 @@
-"""`evaluation` : des nombres justes, qui ne dépendent pas de la taille des lots."""
+"""`evaluation` : des nombres justes, qui ne dépendent pas de la taille des lots."""
 
 import math
 
@@ -28,7 +28,7 @@ TEXTS = ["Le salarié part en congé.", "La durée légale est de trente-cinq he
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return SimpleCharTokenizer.train([*TEXTS, "Question : Réponse :\n é?"])
+    return SimpleCharTokenizer.train([*TEXTS, "Question : Réponse :\n é?"])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_token_losses_are_those_of_each_sequence_alone(model, tokenizer):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_batch_size_changes_nothing(model, tokenizer, batch_size):
-    items = [MultipleChoice("Qui ?", ["La durée", "Le salarié", "Oui"], 1), MultipleChoice("Quand ?", ["Oui", "La"], 0)]
+    items = [MultipleChoice("Qui ?", ["La durée", "Le salarié", "Oui"], 1), MultipleChoice("Quand ?", ["Oui", "La"], 0)]
     documents = [tokenizer.encode(text) for text in TEXTS]
     assert perplexity(model, documents, block_size=16, batch_size=batch_size) == pytest.approx(
         perplexity(model, documents, block_size=16, batch_size=16), rel=1e-5)
@@ -84,7 +84,7 @@ def test_windows_count_each_token_once_with_context(n, size, data):
 
 
 @pytest.mark.parametrize("prediction, reference, f1, exact", [
-    ("L’employeur paie.", "l'Employeur paie !", 1.0, 1.0),
+    ("L’employeur paie.", "l'Employeur paie !", 1.0, 1.0),
     ("le salarié et son employeur", "salarié", 2 * 1 / 5, 0.0),
     ("paie", "congé", 0.0, 0.0),
     ("", "", 1.0, 1.0), ("", "congé", 0.0, 0.0),
@@ -110,11 +110,12 @@ def test_wilson_interval_holds_its_estimate(n, data):
 
 def test_wilson_known_value():
     value, low, high, n = proportion(8, 10)
-    assert (value, n) == (0.8, 10) and low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
+    assert (value, n) == (0.8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
 
 
 def test_ranking_finds_what_the_model_finds_likely(model, tokenizer):
-    item = MultipleChoice("Qui ?", ["La durée", "Le salarié", "Oui"], 0)
+    item = MultipleChoice("Qui ?", ["La durée", "Le salarié", "Oui"], 0)
     losses = []
     for choice in item.choices:
         ids = [tokenizer.bos_id, *tokenizer.encode(item.question), *tokenizer.encode(choice)]
@@ -129,8 +130,8 @@ def test_ranking_finds_what_the_model_finds_likely(model, tokenizer):
     (lambda m, t: token_losses(m, [[1, 2], [3]]), "Séquence 1"),
     (lambda m, t: classification([1], []), "1 prédictions pour 0 références"),
     (lambda m, t: proportion(3, 0), "3 succès sur 0 cas"),
-    (lambda m, t: rank_choices(m, t, [MultipleChoice("Qui ?", ["Oui"], 1)]), "Question 1"),
-    (lambda m, t: rank_choices(m, t, [MultipleChoice("Qui ?", ["Oui", ""], 0)]), "Question 1"),
+    (lambda m, t: rank_choices(m, t, [MultipleChoice("Qui ?", ["Oui"], 1)]), "Question 1"),
+    (lambda m, t: rank_choices(m, t, [MultipleChoice("Qui ?", ["Oui", ""], 0)]), "Question 1"),
 ])
 def test_bad_input_is_named(model, tokenizer, call, cause):
     with pytest.raises(LlamaError) as error:

@@ -9,9 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml", "tools/install.sh")
@@ -174,3 +176,12 @@ def test_requirements_are_pinned_as_constrained() -> None:
     wanted, constraints = pins("requirements.txt"), pins("constraints.txt")
     assert all(wanted.values()) and all(constraints.values())
     assert {package: constraints.get(package) for package in wanted} == wanted
+
+
+def test_one_version_everywhere() -> None:
+    import llama
+
+    installed = version("llama-library")
+    assert llama.__version__ == installed
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == installed
+    assert f"\n{installed} (" in (ROOT / "CHANGELOG.rst").read_text(encoding="utf-8")

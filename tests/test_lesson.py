@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import random
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_figure_is_shown_once_with_its_alt(shell):
     assert metadata["image/png"] == {"width": 384, "height": 288}
     assert data["text/plain"].startswith(f"Figure «{NBSP}courbe{NBSP}»{NBSP}: perte (2, de 0,25 à 2,00)")
     assert not plt.fignum_exists(fig.number)
+
+
+def test_figure_is_an_opaque_light_card(shell):
+    """Le fond accompagne la figure : elle reste lisible quand la page est sombre."""
+    [(data, _)] = outputs(lambda: lesson.figure("courbe", draw(), alt="x", data=[1]))
+    png = data["image/png"]
+    pixels = plt.imread(io.BytesIO(png if isinstance(png, bytes) else base64.b64decode(png)))
+    assert pixels[..., 3].min() == 1
+    assert pixels[0, 0, :3].min() > 0.95
 
 
 def test_figure_bytes_are_reproducible(shell):

@@ -2,7 +2,6 @@
 
 import math
 
-import merge_models  # noqa: F401 (règle l’accès au Hub avant que mergekit ne se charge)
 import pytest
 import torch
 from hypothesis import given, settings

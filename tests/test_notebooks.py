@@ -154,7 +154,7 @@ def test_sanitizing_drops_images_and_nothing_else() -> None:
 
 
 def rerun(old: NotebookNode, *outputs: NotebookNode) -> tuple[int, list[NotebookNode]]:
-    """Rejoue `old` en donnant une nouvelle sortie à chaque cellule ; rend ce que garde `keep_unchanged`."""
+    """Rejoue `old` en donnant une nouvelle sortie à chaque cellule ; rend ce que garde `keep_unchanged`."""
     new = copy.deepcopy(old)
     for number, (made, output) in enumerate(zip(notebooks.code_cells(new), outputs, strict=True), start=1):
         made.outputs, made.execution_count = [output], number
@@ -201,7 +201,7 @@ def test_metadata_count_as_a_change() -> None:
 
 
 def test_execute_writes_once_then_leaves_the_file_alone(tmp_path: Path) -> None:
-    """Un vrai noyau : la première exécution écrit, la seconde ne touche à rien, une erreur non plus."""
+    """Un vrai noyau : la première exécution écrit, la seconde ne touche à rien, une erreur non plus."""
     path = tmp_path / "essai.ipynb"
     timed = cell("import time; time.perf_counter()", tags=("nbval-ignore-output",), count=None)
     made = notebook(cell("print('a')\n1 + 1", count=None), timed, cell("assert True", count=None))

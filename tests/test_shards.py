@@ -253,7 +253,7 @@ def test_force_never_replaces_an_input(tmp_path, inside):
     parent = tmp_path / inside
     parent.mkdir(parents=True)
     fill(tmp_path / "modele")
-    with pytest.raises(LlamaError, match="que la recette lit"), new_folder(tmp_path / "modele", True, [parent], 0):
+    with pytest.raises(LlamaError, match="à lire entre-temps"), new_folder(tmp_path / "modele", True, [parent], 0):
         pytest.fail("le dossier devait être refusé")
 
 
@@ -266,5 +266,5 @@ def test_a_full_disk_is_seen_beforehand(tmp_path):
 
 def test_an_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "fichier").write_text("")
-    with pytest.raises(LlamaError, match="Fusion non écrite"), new_folder(tmp_path / "fichier" / "x", False, [], 0):
+    with pytest.raises(LlamaError, match="n’a pas été écrit"), new_folder(tmp_path / "fichier" / "x", False, [], 0):
         pytest.fail("le dossier devait être refusé")

@@ -1,5 +1,6 @@
 """`training` : la boucle ne dépend ni du découpage du lot, ni des interruptions."""
 
+import math
 import multiprocessing
 import os
 import random
@@ -55,7 +56,7 @@ def assert_same(first, second):
 def test_it_learns():
     network = model()
     history = train(network, examples(), TrainingConfig(steps=60, batch_size=8, learning_rate=1e-2), progress=False)
-    assert history.losses[0] == pytest.approx(3.47, abs=0.3)  # ln 32
+    assert history.losses[0] == pytest.approx(math.log(32) + 0.5, abs=0.3)  # logits de variance 1
     assert history.losses[-1] < history.losses[0] / 2
     assert len(history.steps) == 60 and history.tokens_per_second > 0
 
@@ -215,7 +216,7 @@ def test_sigkill_at_twenty_instants_changes_nothing(tmp_path, monkeypatch):
     # Un serveur importe tout une fois, et chaque processus à tuer en est une copie : un vrai processus, vite né.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # que le premier pas importe
     rng, inside = random.Random(0), 0
     for kill in range(20):
         before = checkpoint.steps(folder)

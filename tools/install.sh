@@ -49,7 +49,7 @@ explain() {
 
 install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" 2>&1 | tee -a "$log" |
-        awk '/^ *Downloading .* MB\)/ && substr($3, 2) >= 5 { print "  " $2, $3, $4; fflush() }'
+        awk '/^ *Downloading .* MB\)/ && substr($3, 2) + 0 >= 5 { print "  " $2, $3, $4; fflush() }'
     ((PIPESTATUS[0] == 0)) || explain
 }
 

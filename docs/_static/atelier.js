@@ -3,7 +3,7 @@
 
 document.addEventListener("DOMContentLoaded", async () => {
   await window.MathJax?.startup?.promise;
-  for (const equation of document.querySelectorAll("mjx-container, div.math")) {
+  for (const equation of document.querySelectorAll("mjx-container[display], div.math")) {
     if (equation.scrollWidth > equation.clientWidth + 1) equation.tabIndex = 0;
   }
 });

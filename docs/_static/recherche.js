@@ -13,7 +13,8 @@ if (typeof Search !== "undefined" && window.Stemmer) {
 
   /* Comme dans Sphinx, mais sur l’article seul, et en trouvant « réseaux » par « reseau ». */
   Search.makeSearchSummary = (html, keywords, anchor) => {
-    const page = new DOMParser().parseFromString(html, "text/html");
+    const spaced = html.replace(/<\/(p|d[td]|li|h\d|div|t[dh]|pre)>/g, " $&"); // textContent colle les blocs
+    const page = new DOMParser().parseFromString(spaced, "text/html");
     page.querySelectorAll(".headerlink, script, style, .no-search").forEach((element) => element.remove());
     const target = anchor ? page.getElementById(anchor.slice(1)) : null;
     const scope = target?.matches("dt") ? target.nextElementSibling : target ?? page.querySelector("article");
@@ -21,7 +22,8 @@ if (typeof Search !== "undefined" && window.Stemmer) {
     if (!text) return null;
     const plain = [...text].map((letter) => stripAccents(letter)[0] ?? letter).join("").toLowerCase();
     const found = [...keywords].map((word) => plain.indexOf(word)).filter((index) => index > -1);
-    const start = Math.max((found.at(-1) ?? 0) - 120, 0);
+    const before = (found.at(-1) ?? 0) - 120;
+    const start = before > 0 ? plain.indexOf(" ", before) + 1 : 0;
     const summary = document.createElement("p");
     summary.classList.add("context");
     summary.textContent =

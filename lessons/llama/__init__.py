@@ -22,6 +22,7 @@ _HOMES = {
     "MoE": "model",
     "TransformerBlock": "model",
     "LlamaModel": "model",
+    "BasicModelRunner": "runner",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from llama.model import RMSNorm as RMSNorm
     from llama.model import RotaryPositionalEmbedding as RotaryPositionalEmbedding
     from llama.model import TransformerBlock as TransformerBlock
+    from llama.runner import BasicModelRunner as BasicModelRunner
     from llama.tokenization import BPETokenizer as BPETokenizer
     from llama.tokenization import SimpleCharTokenizer as SimpleCharTokenizer
 

@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+ROPE_SCALING = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
 
 class LlamaError(ValueError):
     """Erreur de l’utilisateur : une ligne en français qui nomme la cause et la façon d’en sortir."""
@@ -59,8 +61,10 @@ class Config:
         rms_norm_eps: ε de RMSNorm (Zhang et Sennrich 2019, §3).
         rope_theta: base des fréquences de RoPE (Su et al. 2021, §3.2.2).
         rope_style: paires tournées ensemble : `"halves"` (i, i + d_k/2) comme Llama,
-            `"pairs"` (2i, 2i + 1) comme Llama 4.
-        rope_scaling: étirement des fréquences de Llama 3.1, au format de transformers.
+            `"pairs"` (2i, 2i + 1) comme Llama 4 ; par défaut `"pairs"` avec une option de Llama 4 (experts,
+            `qk_norm`, `nope_layers`, tranches, température), `"halves"` sinon.
+        rope_scaling: étirement des fréquences de Llama 3.1, au format de transformers : `rope_type` (« llama3 »),
+            `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`.
         tie_word_embeddings: la sortie partage-t-elle la matrice des plongements ?
         num_local_experts: experts par couche MoE ; 0 donne un modèle dense.
         num_experts_per_tok: experts choisis par jeton (k).
@@ -88,7 +92,7 @@ class Config:
     block_size: int = 256
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    rope_style: str = "halves"
+    rope_style: str | None = None
     rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool = True
     num_local_experts: int = 0
@@ -125,10 +129,21 @@ class Config:
         _require(self.d_k % 2 == 0, f"d_k ({self.d_k}) doit être pair : RoPE tourne des paires de coordonnées.")
         _require(self.rms_norm_eps > 0, f"rms_norm_eps doit être positif (reçu : {self.rms_norm_eps}).")
         _require(self.rope_theta > 0, f"rope_theta doit être positif (reçu : {self.rope_theta}).")
+        llama4 = any((moe, self.qk_norm, self.nope_layers, self.attention_chunk_size, self.attn_temperature_tuning))
+        self._default("rope_style", "pairs" if llama4 else "halves")
         _require(
             self.rope_style in ("halves", "pairs"),
             f"rope_style vaut « halves » ou « pairs » (reçu : {self.rope_style!r}).",
         )
+        if self.rope_scaling is not None:
+            _require(
+                isinstance(self.rope_scaling, dict) and set(self.rope_scaling) == ROPE_SCALING
+                and self.rope_scaling["rope_type"] == "llama3"
+                and all(self.rope_scaling[key] > 0 for key in ROPE_SCALING - {"rope_type"})
+                and self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"],
+                f"rope_scaling veut rope_type « llama3 », {', '.join(sorted(ROPE_SCALING - {'rope_type'}))} positifs, "
+                f"et low_freq_factor < high_freq_factor (reçu : {self.rope_scaling!r}).",
+            )
         if moe:
             _require_positive(self, "num_local_experts", "num_experts_per_tok")
             _require(

@@ -8,6 +8,7 @@ l’équation qu’elle remplace.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 LONGEST_EXPLICIT = 512
 QUERY_BLOCK = 64
 LOSS_BLOCK = 1024
+ROW_TILE = 32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -98,6 +100,17 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
             output = torch.bmm(scores.softmax(-1), v[:, :end])
             outputs.append(output.view(B, H, -1, d_k))
     return torch.cat(outputs, dim=2)
+
+
+def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, où `function` traite chaque ligne de `x` `(N, d)` à part.
+
+    En bf16, oneDNN compile un noyau par forme de matrice : des N toujours différents, comme les charges des experts,
+    coûtent plus que le calcul. Des lignes nulles les ramènent à quelques tailles.
+    """
+    if x.device.type != "cpu" or compute_dtype(x) == torch.float32:
+        return function(x)
+    return function(F.pad(x, (0, 0, 0, -len(x) % ROW_TILE)))[:len(x)]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -50,7 +50,7 @@ class Adapter(nn.Module):
     def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         d_out, d_in = linear.weight.shape
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.rank, self.alpha, self.scale, self.dropout = rank, alpha, alpha / rank, dropout
         self.A = nn.Linear(d_in, rank, bias=False).weight
         self.B = nn.Linear(rank, d_out, bias=False).weight
         # A est tirée deux fois, comme dans peft : à graine égale, les poids sont les mêmes au bit près.
@@ -59,10 +59,6 @@ class Adapter(nn.Module):
         # Sur une base en bf16, A et B restent en float32 : elles sont petites, et leurs pas aussi.
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         self.to(linear.weight.device, dtype).train(linear.training)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Ajoute `(α/r) B A x` à `y`, sur place : `x` est `(N, d_entrée)`, `y` est `(N, d_sortie)`."""
@@ -198,8 +194,8 @@ def unfold(model: nn.Module) -> None:
 def remove_lora(model: nn.Module) -> None:
     """Ôte tous les adaptateurs et dégèle le modèle ; celui qui est replié reste dans les poids."""
     for path, layer in _layers(model).items():
-        linear = nn.Linear(1, 1, device="meta").train(layer.training)
-        linear.out_features, linear.in_features = layer.weight.shape
+        d_out, d_in = layer.weight.shape
+        linear = nn.Linear(d_in, d_out, device="meta").train(layer.training)
         linear.weight, linear.bias = layer.weight, layer.bias
         model.set_submodule(path, linear)
     model.requires_grad_(True)
@@ -282,8 +278,8 @@ def _published(model: nn.Module) -> dict[str, str]:
     paths = [path for path, module in model.named_modules() if type(module) in (nn.Linear, LoRALinear)]
     if not isinstance(model, LlamaModel):
         return {path: path for path in paths}
-    dense = not model.config.num_local_experts  # Llama dit mlp, Llama 4 feed_forward
-    return {path: "model." + (path.replace("feed_forward", "mlp") if dense else path) for path in paths}
+    names = paths if model.config.num_local_experts else [path.replace("feed_forward", "mlp") for path in paths]
+    return {path: name if name == "lm_head" else f"model.{name}" for path, name in zip(paths, names, strict=True)}
 
 
 def _leaf(path: str) -> str:

@@ -12,17 +12,17 @@ laisse à `kernels` l’écriture rapide des équations, à `pretrained` les fic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import kernels
-from .config import Config, LlamaError
-
-INIT_STD = 0.02
+from .config import Config
+from .context import Context, KVCache
 
 
 class RMSNorm(nn.Module):
@@ -47,24 +47,23 @@ class RotaryPositionalEmbedding(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.style, self.half = config.rope_style, config.d_k // 2
-        exponents = torch.arange(0, config.d_k, 2) / config.d_k
-        frequencies = config.rope_theta**-exponents
-        if config.rope_scaling:
-            frequencies = self._stretch(frequencies, config.rope_scaling)
-        self.register_buffer("frequencies", frequencies, persistent=False)  # (d_k/2,)
+        self.d_k, self.theta = config.d_k, config.rope_theta
+        self.style, self.scaling = config.rope_style, config.rope_scaling
 
-    @staticmethod
-    def _stretch(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-        """Llama 3.1 : divise les basses fréquences par `factor`, garde les hautes (Grattafiori et al. 2024, §3.4.2)."""
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """Les d_k/2 fréquences, en radians par position. Ce n’est pas un tampon : `.to(bfloat16)` l’arrondirait."""
+        frequencies = self.theta ** -(torch.arange(0, self.d_k, 2, device=device) / self.d_k)
+        if self.scaling is None:
+            return frequencies
+        # Llama 3.1 (Grattafiori et al. 2024, §3.4.2) : divise les basses fréquences par `factor`, garde les hautes.
+        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
+        turns = self.scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / scaling["factor"])
+        return frequencies * (kept + (1 - kept) / self.scaling["factor"])
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions `(B, T)` → rotations e^{i m θ}, complexes `(B, T, 1, d_k/2)`, que toutes les couches partagent."""
-        angles = positions[..., None, None].float() * self.frequencies  # (B, T, 1, d_k/2)
+        angles = positions[..., None, None].float() * self.frequencies(positions.device)  # (B, T, 1, d_k/2)
         return torch.polar(torch.ones_like(angles), angles)
 
     def rotate(self, x: Tensor, rotation: Tensor) -> Tensor:
@@ -75,78 +74,15 @@ class RotaryPositionalEmbedding(nn.Module):
         # (x₀, x_{d/2}), (x₁, x_{d/2+1})… : décaler d’une moitié met en face l’autre membre de chaque paire.
         cos, sin = rotation.real, rotation.imag
         z = x.float()
-        turned = z.roll(self.half, -1) * torch.cat([-sin, sin], -1)
+        turned = z.roll(self.d_k // 2, -1) * torch.cat([-sin, sin], -1)
         return torch.addcmul(turned, z, torch.cat([cos, cos], -1)).type_as(x)
 
 
-class KVCache:
-    """Clés et valeurs des jetons déjà lus, pour n’en recalculer aucune en générant.
-
-    Args:
-        config: celle du modèle.
-        batch_size: séquences du lot.
-        max_length: jetons que chacune pourra contenir.
-        device: où placer les tenseurs.
-        dtype: leur type.
-
-    Attributes:
-        length: jetons déjà lus.
-    """
-
-    def __init__(
-        self, config: Config, batch_size: int, max_length: int, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        shape = (config.n_layers, batch_size, config.n_kv_heads, max_length, config.d_k)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
-        self.documents: Tensor | None = None  # (B, max_length), s’il y a plusieurs documents ou du remplissage
-        self.length = 0
-
-    def extend(self, mask: Tensor | None, n_tokens: int) -> Tensor | None:
-        """Numéros de document `(B, length + n_tokens)` des jetons lus et de ceux qui arrivent ; None s’il n’y en a qu’un."""
-        end, capacity = self.length + n_tokens, self.keys.shape[3]
-        if end > capacity:
-            raise LlamaError(f"Cache plein : {end} jetons pour {capacity} places ; augmentez max_length.")
-        if self.documents is None:
-            if mask is None:
-                return None
-            self.documents = mask.new_ones(len(mask), capacity)
-        # Sans masque, les jetons continuent le dernier document.
-        self.documents[:, self.length:end] = mask if mask is not None else self.documents[:, self.length - 1, None]
-        return self.documents[:, :end]
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Range les clés et valeurs `(B, G, T, d_k)` d’une couche ; rend toutes les siennes, `(B, G, S, d_k)`."""
-        end = self.length + k.shape[2]
-        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
-            stored[:, :, self.length:end] = new
-        return self.keys[layer, :, :, :end].type_as(k), self.values[layer, :, :, :end].type_as(v)
-
-
-@dataclass
-class Context:
-    """Ce que toutes les couches d’un passage partagent.
-
-    Attributes:
-        rotation: rotations de RoPE, `(B ou 1, T, 1, d_k/2)`.
-        temperature: facteur des requêtes des couches sans RoPE, `(B ou 1, T, 1, 1)`, ou None.
-        bias: 0 où une requête voit une clé, −∞ ailleurs, `(B ou 1, 1, T, S)` ; None pour un seul document, causal.
-        chunk_bias: le même, coupé en tranches, pour les couches à RoPE.
-        cache: clés et valeurs passées, ou None.
-    """
-
-    rotation: Tensor
-    temperature: Tensor | None
-    bias: Tensor | None
-    chunk_bias: Tensor | None
-    cache: KVCache | None
-
-
 class Attention(nn.Module):
-    """Attention causale à têtes groupées : softmax(q kᵀ/√d_k) v (Vaswani et al. 2017, §3.2 ; Ainslie et al. 2023, §2.2).
+    """softmax(q kᵀ/√d_k) v, causale, à têtes groupées (Vaswani et al. 2017, §3.2 ; Ainslie et al. 2023, §2.2).
 
-    De Llama 4, au choix : couches sans RoPE, dont la température croît avec la position ; sur les autres, attention par
-    tranches, et requêtes et clés normalisées après RoPE.
+    De Llama 4, au choix : couches sans RoPE, dont la température croît avec la position ; sur les autres,
+    attention par tranches, et requêtes et clés normalisées après RoPE.
     """
 
     def __init__(self, config: Config, layer: int, rope: RotaryPositionalEmbedding) -> None:
@@ -193,7 +129,11 @@ class ExpertMLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Mélange d’experts de Llama 4 : partagé(x) + Σ_{e ∈ top-k} expert_e(σ(r_e) x), où r = W_routeur x."""
+    """Mélange d’experts de Llama 4 : partagé(x) + Σ_{e ∈ top-k} expert_e(σ(r_e) x), où r = W_routeur x.
+
+    Chaque expert ne calcule que pour les jetons qu’il reçoit : leur nombre ne change pas le coût d’un jeton
+    (Shazeer et al. 2017, §2 ; Fedus et al. 2021, §2).
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -201,21 +141,43 @@ class MoE(nn.Module):
         self.router = nn.Linear(config.d_model, self.n_experts, bias=False)
         self.experts = nn.ModuleList(ExpertMLP(config.d_model, config.d_ff) for _ in range(self.n_experts))
         self.shared_expert = ExpertMLP(config.d_model, config.d_ff)
-        self.scores = self.chosen = None
+        self.scores = self.chosen = None  # r et les experts choisis au dernier passage : (N, E), (N, k)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, d_model)` → `(B, T, d_model)`. Chaque expert ne calcule que pour les jetons qu’il reçoit."""
+        """`(B, T, d_model)` → `(B, T, d_model)`."""
         tokens = x.flatten(0, -2)  # (N, d_model)
         self.scores = self.router(tokens)  # (N, E)
         top, self.chosen = self.scores.topk(self.k)  # (N, k)
         # Les N·k affectations, rangées par expert : celles d’un même expert se suivent.
         order = self.chosen.flatten().argsort(stable=True)
         source = order // self.k  # le jeton de chacune
-        gate = top.sigmoid().flatten()[order, None]
+        gates = top.sigmoid().flatten()[order, None]  # (N·k, 1)
         load = self.chosen.flatten().bincount(minlength=self.n_experts).tolist()
-        routed = (tokens.index_select(0, source) * gate).split(load)
-        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, routed, strict=True)])  # (N·k, d_model)
-        return self.shared_expert(tokens).index_add(0, source, outputs).view_as(x)
+        received = (tokens.index_select(0, source) * gates).split(load)
+        outputs = [kernels.by_tiles(expert, part) for expert, part in zip(self.experts, received, strict=True)]
+        return self.shared_expert(tokens).index_add(0, source, torch.cat(outputs)).view_as(x)
+
+    def load(self, real: Tensor | None = None) -> Tensor:
+        """Jetons reçus par chaque expert au dernier passage, `(E,)` ; `real` `(N,)` écarte le remplissage."""
+        chosen = self.chosen if real is None else self.chosen[real]
+        return chosen.flatten().bincount(minlength=self.n_experts)
+
+    def balance_loss(self, real: Tensor | None = None) -> Tensor:
+        """E Σ_e f_e P_e : la perte d’équilibrage de Switch (Fedus et al. 2021, éq. 4), qui vaut 1 à charges égales.
+
+        f_e est la part des affectations que reçoit l’expert e. P_e, sa probabilité moyenne, porte le gradient :
+        comme la porte de Llama 4 est une sigmoïde, c’est σ(r_e) divisé par Σ σ(r) (DeepSeek-V3 2024, §2.1.2), et
+        non un softmax.
+        """
+        scores = self.scores if real is None else self.scores[real]
+        gates = scores.float().sigmoid()  # (N, E)
+        probability = (gates / gates.sum(1, keepdim=True)).mean(0)  # (E,)
+        load = self.load(real)
+        return self.n_experts * (load / load.sum() * probability).sum()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Un tenseur du graphe ne se copie pas : sans cela, copier un modèle en cours d’entraînement échouerait.
+        return {**self.__dict__, "scores": None, "chosen": None}
 
 
 class TransformerBlock(nn.Module):
@@ -226,8 +188,7 @@ class TransformerBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.self_attn = Attention(config, layer, rope)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
-        sparse = layer in config.moe_layers
-        self.feed_forward = MoE(config) if sparse else ExpertMLP(config.d_model, config.d_ff_dense)
+        self.feed_forward = MoE(config) if layer in config.moe_layers else ExpertMLP(config.d_model, config.d_ff_dense)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`(B, T, d_model)` → `(B, T, d_model)`."""
@@ -236,20 +197,103 @@ class TransformerBlock(nn.Module):
 
 
 class LlamaModel(nn.Module):
+    """Le modèle entier : plongement, `n_layers` blocs, norme, et la tête, qui partage ou non le plongement.
+
+    Args:
+        config: l’architecture.
+
+    Attributes:
+        gradient_checkpointing: à l’entraînement, recalculer chaque bloc au lieu d’en garder les activations
+            (Chen et al. 2016, §3) : moins de mémoire, un tiers de calcul en plus.
+    """
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.rope = RotaryPositionalEmbedding(config)
         self.layers = nn.ModuleList(TransformerBlock(config, i, self.rope) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        for p in self.parameters():
-            if p.dim() > 1: nn.init.normal_(p, std=INIT_STD)
-    def hidden(self, ids, mask=None, cache=None):
-        x = self.embed_tokens(ids)
-        rot = self.rope(torch.arange(ids.shape[1])[None])
-        ctx = Context(rot, None, None, None, None)
-        for l in self.layers: x = l(x, ctx)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._initialize()
+        self._real: Tensor | None = None
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Écart type 1/√(entrées) : chaque produit garde l’échelle de ce qu’il lit, quelle que soit la largeur.
+
+        Les logits naissent donc de variance 1, et la perte vaut ln V + ½. Le 0,02 des grands modèles est cette règle
+        vers d_model = 2 500 ; à d_model = 128, il fait apprendre plus lentement. Ce qui s’ajoute au flux résiduel est
+        réduit de √(2 n_layers) (Radford et al. 2019, §2.3).
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                n_added = 2 * self.config.n_layers if residual else 1
+                parameter.normal_(std=1 / math.sqrt(n_added * parameter.shape[1]))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Les logits du jeton suivant, à chaque position.
+
+        Args:
+            ids: `(B, T)` int64.
+            mask: `(B, T)` int64 : 0 pour le remplissage, k > 0 pour le k-ième document du bloc. Un jeton ne voit que
+                ceux qui le précèdent dans son document, où les positions se comptent. None : un seul document.
+            cache: les jetons passés ; `ids` les suit, et s’y ajoute.
+
+        Returns:
+            `(B, T, V)`.
+
+        Raises:
+            LlamaError: le cache est trop court.
+        """
+        return F.linear(self.hidden_states(ids, mask, cache), self.head)  # (B, T, V)
+
+    @property
+    def head(self) -> Tensor:
+        """La matrice de sortie, `(V, d_model)`."""
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def hidden_states(self, ids: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Ce que lit la tête : `(B, T)` → `(B, T, d_model)` ; voir `forward`."""
+        self._real = None if mask is None else mask.flatten() > 0
+        x = self.embed_tokens(ids)  # (B, T, d_model)
+        context = Context.build(self.config, self.rope, ids, mask, cache, kernels.compute_dtype(x))
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
+        if cache is not None:
+            cache.length += ids.shape[1]
         return self.norm(x)
-    def forward(self, ids, mask=None, cache=None):
-        return F.linear(self.hidden(ids, mask, cache), self.embed_tokens.weight)
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """`router_aux_loss_coef` fois la somme des pertes d’équilibrage du dernier passage ; 0 si le modèle est dense.
+
+        À ajouter à la perte moyenne par jeton. L’inférence n’en dépend pas : les poids restent ceux d’un Llama 4.
+        """
+        return self.config.router_aux_loss_coef * sum(moe.balance_loss(self._real) for moe in self._moes())
+
+    def expert_load(self) -> Tensor:
+        """Jetons reçus par chaque expert au dernier passage, `(couches MoE, E)` int64, hors remplissage."""
+        loads = [moe.load(self._real) for moe in self._moes()]
+        return torch.stack(loads) if loads else torch.empty(0, 0, dtype=torch.int64)
+
+    def _moes(self) -> list[MoE]:
+        return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> LlamaModel:
+        """Charge un modèle publié : dossier, fichier GGUF, nom de `sources` ou du Hub ; voir `pretrained.load`."""
+        from . import pretrained
+
+        return pretrained.load(source, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Écrit un dossier que transformers sait charger ; voir `pretrained.save`."""
+        from . import pretrained
+
+        pretrained.save(self, folder, **options)

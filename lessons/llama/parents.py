@@ -1,9 +1,9 @@
 """Les parents d’une fusion : leurs poids, leur configuration, leur vocabulaire, et ce qui les sépare.
 
-Un parent est un dossier au format de transformers (ou un nom du Hub, téléchargé) ; rien n’y est chargé
-d’avance. Deux parents se fusionnent s’ils ont la même architecture, les mêmes tenseurs et le même
-vocabulaire ; sinon l’erreur dit ce qui diffère. Sans ce contrôle, des modèles aux vocabulaires différents se
-fondent sans un mot en un modèle qui bafouille.
+Un parent est tout ce que `pretrained.find` trouve : un dossier au format de transformers, un nom du Hub ou
+de `sources`, un GGUF ; rien n’y est chargé d’avance. Deux parents se fusionnent s’ils ont la même
+architecture, les mêmes tenseurs et le même vocabulaire ; sinon l’erreur dit ce qui diffère. Sans ce contrôle,
+des modèles aux vocabulaires différents se fondent sans un mot en un modèle qui bafouille.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import LlamaError
+from .pretrained import find
 from .shards import Shards
 
 LAYER = re.compile(r"^(.*?layers\.)(\d+)(\..+)$")
@@ -29,7 +30,6 @@ ARCHITECTURE = (
     "model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
     "head_dim", "num_local_experts", "tie_word_embeddings",
 )
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 class Parent:
@@ -198,25 +198,11 @@ def aligned(
 
 
 def _folder(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    repository, _, revision = name.partition("@")
-    if "+" in name:
+    if "+" in name and not Path(name).expanduser().is_dir():
         raise LlamaError(
             f"{name} : un LoRA se replie d’abord dans son modèle (module lora), ou passez par run_mergekit."
         )
-    if repository.count("/") != 1 or repository.startswith((".", "~", "/")):
-        raise LlamaError(f"Modèle introuvable : {name} n’est pas un dossier (cherché depuis {Path.cwd()}).")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # réseau, accès, nom : huggingface_hub et httpx ont chacun leurs exceptions
-        raise LlamaError(
-            f"Modèle introuvable : {name} n’est ni un dossier ni un modèle accessible du Hub "
-            f"({type(error).__name__}) ; vérifiez le nom, le réseau et vos droits."
-        ) from error
+    return find(name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -162,6 +162,9 @@ def new_folder(out: Path, force: bool, inputs: Sequence[Path], n_bytes: int) -> 
     Raises:
         LlamaError: sortie déjà là, qui n’est pas un modèle ou qui contient une entrée ; disque plein.
     """
+    partial, old = (out.with_name(f".{out.name}.{state}") for state in ("partial", "old"))
+    if old.exists() and not out.exists():
+        old.rename(out)  # un remplacement tué entre ses deux renommages
     occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if occupied and not force:
         raise LlamaError(f"{out} existe déjà : choisissez un autre dossier, ou remplacez-le par --force.")
@@ -169,15 +172,15 @@ def new_folder(out: Path, force: bool, inputs: Sequence[Path], n_bytes: int) -> 
         raise LlamaError(f"{out} n’est pas un dossier de modèle : il ne sera pas remplacé, changez-en.")
     inside = next((folder for folder in inputs if folder.resolve().is_relative_to(out)), None)
     if inside:
-        raise LlamaError(f"{out} contient {inside}, que la recette lit : prenez un autre dossier de sortie.")
-    partial, old = (out.with_name(f".{out.name}.{state}") for state in ("partial", "old"))
+        raise LlamaError(f"{out} contient {inside}, à lire entre-temps : prenez un autre dossier.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if n_bytes > free:
             need = f"il faut {n_bytes / 1e9:.1f} Go, il en reste {free / 1e9:.1f}"
             raise LlamaError(f"Pas assez de place pour {out} : {need} ; libérez-en.")
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
         yield partial
         if out.exists():
@@ -191,7 +194,7 @@ def new_folder(out: Path, force: bool, inputs: Sequence[Path], n_bytes: int) -> 
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         cause = error.strerror or error
-        raise LlamaError(f"Fusion non écrite dans {out} : {cause} ; rien n’a été remplacé.") from error
+        raise LlamaError(f"Le modèle n’a pas été écrit dans {out} : {cause} ; rien n’a été remplacé.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

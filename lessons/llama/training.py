@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoint, distributed
+from . import checkpoint, distributed, kernels
 from .config import LlamaError, TrainingConfig
 from .data import Examples
 from .history import History
@@ -37,7 +37,10 @@ Loss = Callable[[nn.Module, Examples], Tensor]
 def next_token_loss(model: nn.Module, batch: Examples) -> Tensor:
     """Somme, en nats, des entropies croisées des jetons à apprendre (ceux dont l’étiquette n’est pas -100)."""
     mask = None if bool((batch.mask == 1).all()) else batch.mask
-    logits = model(batch.ids, mask=mask)  # (B, T, V)
+    if type(getattr(model, "lm_head", None)) in (nn.Linear, type(None)) and hasattr(model, "hidden_states"):
+        hidden = model.hidden_states(batch.ids, mask=mask)  # (B, T, d_model)
+        return kernels.linear_cross_entropy(hidden.flatten(0, 1), model.head, batch.labels.flatten())
+    logits = model(batch.ids, mask=mask)  # (B, T, V) ; une tête adaptée (LoRA) n’est pas qu’une matrice
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum")
 
 
