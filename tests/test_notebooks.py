@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -70,6 +71,14 @@ def test_lesson_follows_the_rules(path: Path) -> None:
     assert notebooks.code_cells(lesson)
     assert list(notebooks.violations(lesson)) == []
     assert content == nbformat.writes(lesson) + "\n", "écrit autrement que « make lessons » ne l’écrit"
+
+
+@pytest.mark.parametrize("path", sorted(LESSONS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_first_cell_installs_from_the_address_of_pyproject(path: Path) -> None:
+    project = tomllib.loads((LESSONS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    first = notebooks.code_cells(nbformat.read(path, as_version=4))[0].source
+    assert f'"{project["name"]} @ git+{project["urls"]["Repository"]}"' in first
+    assert "--no-deps" in first and "google.colab" in first
 
 
 def test_there_are_lessons() -> None:

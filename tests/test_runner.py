@@ -4,10 +4,9 @@ import copy
 import math
 import sys
 
-import pandas as pd
 import pytest
 import torch
-from tiny_models import PAIRS, make_model, write_pairs
+from tiny_models import PAIRS, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama import BasicModelRunner, LlamaError
@@ -121,39 +120,7 @@ def test_refusals_are_one_french_line(runner, case, monkeypatch, tmp_path):
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-# Charger des questions
-
-
-def test_every_way_to_load_gives_the_same_pairs(folder, tmp_path):
-    rows = [{"question": question, "answer": answer} for question, answer in PAIRS]
-    table = pd.DataFrame(rows)
-    table.to_csv(tmp_path / "qa.csv", index=False)
-    write_pairs(tmp_path / "qa.jsonl", PAIRS, ("q", "r"))
-    runner = BasicModelRunner(folder)
-    loads = [
-        lambda: runner.load_data(rows),
-        lambda: runner.load_data_from_jsonlines(tmp_path / "qa.jsonl", input_key="q", output_key="r"),
-        lambda: runner.load_data_from_csv(tmp_path / "qa.csv"),
-        lambda: runner.load_data_from_dataframe(table, "question", "answer"),
-    ]
-    for load in loads:
-        runner.pairs = []
-        load()
-        assert runner.pairs == PAIRS
-
-
-def test_loading_adds_what_is_new_and_reports_the_rest(runner, capsys):
-    runner.load_data([{"question": "Un ?", "answer": "Oui."}, {"question": "Deux ?", "answer": ""}])
-    runner.load_data([{"question": "Un ?", "answer": "Oui."}, {"question": "Trois ?", "answer": "Non."}])
-    assert runner.pairs == [("Un ?", "Oui."), ("Trois ?", "Non.")]
-    assert "élément 2\u00a0: réponse vide" in capsys.readouterr().err
-
-
-def test_held_out_questions_are_never_learnt(runner):
-    runner.add_pairs([*PAIRS, *((question + " Répondez.", answer) for question, answer in PAIRS)])
-    training, held_out = runner.parts()
-    assert len(held_out) == round(0.1 * len(runner.pairs)) and not {*training} & {*held_out}
-    assert runner.parts() == (training, held_out)
+# Apprendre et mesurer
 
 
 def test_what_is_loaded_after_training_is_learnt_whole(folder):
@@ -163,9 +130,6 @@ def test_what_is_loaded_after_training_is_learnt_whole(folder):
     held_out = runner.parts()[1]
     runner.add_pairs(PAIRS[20:])
     assert runner.parts()[1] == held_out and {*PAIRS[20:]} <= {*runner.parts()[0]}
-
-
-# Apprendre et mesurer
 
 
 def test_training_improves_the_held_out_questions(trained):

@@ -239,7 +239,7 @@ BAD = [
     ("train", ("--data", "court.txt"), write("court.txt", "Trop court."), "Texte trop court"),
     ("train", ("--data", "nombres.csv"), write("nombres.csv", "a,b\n1,2\n"), "n’a pas de colonne de texte"),
     ("train", ("--data", "latin.txt"), lambda work: (work / "latin.txt").write_bytes("été".encode("cp1252")), "UTF-8"),
-    ("train", ("--data", "."), lambda work: [path.unlink() for path in work.glob("*.*")], "une liste d’objets est attendue"),
+    ("train", ("--data", "base"), nothing, "une liste d’objets est attendue"),
     ("train", ("--vocab-size", "100"), nothing, "--vocab-size (100) doit être d’au moins 262"),
     ("train", ("--vocab-size", "0"), nothing, "il faut au moins 1"),
     ("train", ("--steps", "0"), nothing, "il faut au moins 1"),

@@ -11,9 +11,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llama import cli
+from llama.chat import EOS, PAD
+from llama.config import Config
 from llama.conversation import Conversation
 from llama.evaluation import bits_per_byte, perplexity
+from llama.model import LlamaModel
 from llama.runner import BasicModelRunner
+from llama.tokenization import BPETokenizer
 
 MERGE = ("merge", "recette.yml", "fusion")
 GENERATE = ("generate", "--model", "base", "Combien font 2 et 2 ?", "--max-new-tokens", "8")
@@ -161,10 +165,18 @@ def test_evaluate_texts(work):
     runner = BasicModelRunner("base")
     summary = json.loads(run("evaluate", "--model", "base", "--data", "textes.txt", "--json").stdout)
     text = (work / "textes.txt").read_text()
-    assert summary["bits_per_byte"] == pytest.approx(bits_per_byte(runner.model, runner.tokenizer, [text], block_size=96))
+    expected = bits_per_byte(runner.model, runner.tokenizer, [text], block_size=96)
+    assert summary["bits_per_byte"] == pytest.approx(expected)
     ids = runner.tokenizer.encode_document(text)
     assert summary["perplexity"] == pytest.approx(perplexity(runner.model, [ids], block_size=96))
     assert summary["n_bytes"] == len(text.encode()) and summary["n_tokens"] == len(ids) - 1
+
+
+def test_evaluate_texts_with_a_tokenizer_that_has_no_beginning(work):
+    own = BPETokenizer.train(TEXTS, 330, (EOS, PAD))
+    LlamaModel(Config(own.vocab_size, d_model=16, n_layers=1, n_heads=2)).save_pretrained(work / "nu", tokenizer=own)
+    summary = json.loads(run("evaluate", "--model", "nu", "--data", "textes.txt", "--json").stdout)
+    assert 0 < summary["bits_per_byte"] < 16
 
 
 def test_evaluate_questions(work):
@@ -205,7 +217,7 @@ def write(name, text):
 BAD = [
     ("merge", ("merge", "absente.yml", "fusion"), nothing, "absente.yml"),
     ("merge", MERGE, write("recette.yml", "a: [1"), "recette.yml"),
-    ("merge", MERGE, write("recette.yml", "- base\n- autre\n"), "recette"),
+    ("merge", MERGE, write("recette.yml", "- base\n- autre\n"), "elle doit être un dictionnaire"),
     ("merge", MERGE, lambda work: recipe(work, merge_method="mélange"), "mélange"),
     ("merge", MERGE, lambda work: recipe(work, merge_methode="slerp"), "merge_methode"),
     ("merge", MERGE, lambda work: recipe(work, dtype="int3"), "int3"),

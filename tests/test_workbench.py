@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import snapshot
 
-from llama import checkpoint
+from llama import checkpoint, distributed
 from llama.config import LlamaError
 from llama.history import History
 from llama.workbench import Output, check_summary_file, find_device, machine, write_summary
@@ -14,8 +14,8 @@ from llama.workbench import Output, check_summary_file, find_device, machine, wr
 ARGUMENTS = {"data": "atelier", "rank": 8}
 
 
-def output(folder, force=False, command="finetune", **changes):
-    return Output(folder, force, command, ARGUMENTS | changes)
+def output(folder, force=False, command="finetune", inputs=(), **changes):
+    return Output(folder, force, command, ARGUMENTS | changes, inputs)
 
 
 def save(folder):
@@ -38,7 +38,7 @@ def test_a_finished_folder_holds_the_model_the_history_and_the_summary(tmp_path)
     assert {path.name for path in folder.iterdir()} == {"history.json", "model.safetensors", "summary.json"}
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["command"] == "finetune" and summary["arguments"] == ARGUMENTS and summary["loss"] == 1.5
-    assert summary["seconds"] >= 0 and summary["folder"] == str(folder)
+    assert summary["files"] == ["model.safetensors"] and summary["seconds"] >= 0 and summary["folder"] == str(folder)
 
 
 def test_interrupted_then_resumed(tmp_path):
@@ -68,6 +68,16 @@ def test_force_starts_again(tmp_path):
         assert checkpoint.steps(out.checkpoints) == []
 
 
+def test_force_erases_only_what_the_command_wrote(tmp_path):
+    prepare_finished(tmp_path / "a")
+    (tmp_path / "a/notes.txt").write_text("dix ans")
+    (tmp_path / "a/vieux.safetensors").write_text("autres poids")
+    with pytest.raises(LlamaError), output(tmp_path / "a", force=True):
+        assert not (tmp_path / "a/model.safetensors").exists()
+        raise LlamaError("La perte n’est plus un nombre.")
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"notes.txt", "vieux.safetensors"}
+
+
 def test_a_save_cut_short_is_done_again(tmp_path):
     checkpointed(tmp_path / "a")
 
@@ -89,6 +99,11 @@ def prepare_finished(folder):
         out.finish({}, History(), save)
 
 
+def foreign_file(folder, name, content):
+    folder.mkdir()
+    (folder / name).write_text(content)
+
+
 def prepare_foreign(folder):
     folder.mkdir()
     (folder / "thèse.txt").write_text("dix ans")
@@ -101,10 +116,14 @@ def prepare_foreign(folder):
     (prepare_finished, {}, "existe déjà"),
     (checkpointed, {"rank": 16}, "rank\u00a0: 8 ≠ 16"),
     (checkpointed, {"command": "train"}, "commande finetune"),
-    (lambda folder: (folder.mkdir(), (folder / "command.json").write_text("{")), {}, "n’est pas du JSON complet"),
-    (lambda folder: (folder.mkdir(), (folder / "command.json").write_text("[]")), {}, "apprentissage en cours"),
+    (lambda folder: foreign_file(folder, "command.json", "{"), {"force": True}, "ne vient pas de llama"),
+    (lambda folder: foreign_file(folder, "command.json", "[]"), {"force": True}, "ne vient pas de llama"),
+    (lambda folder: foreign_file(folder, "summary.json", '{"pages": 12}'), {"force": True}, "ne vient pas de llama"),
+    (prepare_finished, {"force": True, "inputs": ["a/model.safetensors"]}, "contient «\u00a0a/model.safetensors"),
+    (prepare_finished, {"force": True, "inputs": ["a"]}, "contient «\u00a0a\u00a0»"),
 ])
-def test_refusals_leave_the_folder_as_it_was(tmp_path, prepare, options, message):
+def test_refusals_leave_the_folder_as_it_was(tmp_path, monkeypatch, prepare, options, message):
+    monkeypatch.chdir(tmp_path)
     prepare(tmp_path / "a")
     before = snapshot(tmp_path)
     with pytest.raises(LlamaError) as refusal:
@@ -113,7 +132,7 @@ def test_refusals_leave_the_folder_as_it_was(tmp_path, prepare, options, message
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     with output(tmp_path / "a") as out:
         out.finish({}, History(), save)
     assert not (tmp_path / "a").exists()

@@ -17,6 +17,8 @@ from llama.config import Config
 from llama.model import LlamaModel
 from llama.tokenization import BPETokenizer
 
+torch.set_num_threads(1)  # de si petits modèles n’ont rien à partager entre fils
+
 __all__ = ["PAIRS", "TEXTS", "make_model", "snapshot", "tokenizer", "write_pairs"]
 
 PAIRS = [(f"Combien font {i} et {j} ?", f"Cela fait {i + j}.") for i in range(1, 8) for j in range(1, 7)]

@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import regex
-from tqdm.auto import tqdm
+
+from .progress import progress_bar
 
 Pair = tuple[int, int]
 
@@ -145,7 +146,7 @@ def learn_merges(words: Mapping[tuple[int, ...], int], n_merges: int, first: int
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     merges: list[Pair] = []
-    with tqdm(total=n_merges, desc="Fusions", unit="fusion", delay=2) as bar:
+    with progress_bar(total=n_merges, desc="Fusions", unit="fusion", delay=2) as bar:
         while heap and len(merges) < n_merges:
             count, best = heapq.heappop(heap)
             if counts[best] != -count:

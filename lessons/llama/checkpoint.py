@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import distributed
 from .config import LlamaError
 
 FORMAT = "llama-library/checkpoint/1"
@@ -129,8 +130,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for key, value in tensors.items():
         entry, name = key.split("/", 1)
         parameter = parameters[name]
-        on_device = value if entry == "step" else value.to(parameter.device)
-        optimizer.state[parameter][entry] = on_device
+        optimizer.state[parameter][entry] = value if entry == "step" else distributed.part_of(value, parameter)
 
 
 def random_tensors() -> dict[str, Tensor]:
@@ -142,8 +142,9 @@ def random_tensors() -> dict[str, Tensor]:
 
 
 def restore_random(states: dict[str, Tensor]) -> None:
-    """L’inverse de `random_tensors`."""
-    torch.set_rng_state(states["cpu"])
+    """L’inverse de `random_tensors` ; un générateur qui n’y est pas reste comme il est."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 

@@ -222,6 +222,8 @@ class TrainingConfig:
         checkpoint_every: pas entre deux points de reprise ; 0 n’en écrit qu’un, à la fin.
         keep: points de reprise gardés.
         seed: graine de l’ordre des données et du hasard.
+        sharded: répartir poids, gradients et état de l’optimiseur entre les processus de torchrun (FSDP), au lieu
+            d’en tenir une copie par processus ; sans effet sur un processus seul.
 
     Raises:
         LlamaError: un réglage est hors de son domaine.
@@ -243,6 +245,7 @@ class TrainingConfig:
     checkpoint_every: int = 0
     keep: int = 2
     seed: int = 0
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         if self.micro_batch_size is None:

@@ -33,9 +33,10 @@ _FRENCH = (  # ce que typer écrit en anglais, dans l’aide et dans les erreurs
     (r"^Commands:$", "Commandes :"),
     (r"Show this message and exit\.", "Affiche cette aide."),
     (r"\[default:(?=\s)", "[par défaut :"),
-    (r"(\[|; )required\]", "\\1obligatoire]"),
-    (r"x>=(\S+)\]", "au moins \\1]"),
-    (r";(?=\s+au moins)", " ;"),
+    (r"(?<=[\[\s])required\]", "obligatoire]"),
+    (r"([\d.]+)<=x<=([\d.]+)", "entre \\1 et \\2"),
+    (r"x>=([\d.]+)", "au moins \\1"),
+    (r";(?=\s+(au moins|entre|obligatoire))", " ;"),
     (r" <list\[\w+\]>", ""),
     (r"<int>( {3}(?=  ))?", "<entier>"),  # les espaces pris, ou rendus, gardent les colonnes
     (r"<int range>", "<entier>   "),

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .chat import as_tokenizer
 from .config import LlamaError
@@ -23,6 +22,7 @@ from .data import Examples
 from .generation import generate
 from .lora import adapter_names
 from .model import LlamaModel
+from .progress import progress_bar
 
 # Nombres par bloc de la perte : assez pour occuper le processeur, assez peu pour ne pas compter en mémoire.
 BLOCK = 1 << 20
@@ -132,7 +132,7 @@ def teacher_answers(
         raise LlamaError(f"batch_size est un entier strictement positif (reçu : {batch_size!r}).")
     tokenizer = as_tokenizer(tokenizer)
     pairs = []
-    for start in tqdm(range(0, len(questions), batch_size), unit="lot", disable=not progress):
+    for start in progress_bar(range(0, len(questions), batch_size), shown=progress, unit="lot"):
         asked = questions[start:start + batch_size]
         prompts = [
             tokenizer.encode_chat([{"role": "user", "content": question}], add_generation_prompt=True)[0]

@@ -13,9 +13,9 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .config import LlamaError
+from .progress import progress_bar
 
 N_HASHES = 128
 RECALL = 0.99
@@ -40,7 +40,7 @@ def near_duplicates(texts: Sequence[str], n: int = 5, threshold: float = 0.5) ->
         raise LlamaError(f"threshold ({threshold}) est dans ]0, 1] et n ({n}) au moins 1.")
     sets = _shingles(texts, n)
     found = []
-    for i, j in tqdm(_candidates(sets, threshold), desc="Paires candidates", unit="paire", delay=2):
+    for i, j in progress_bar(_candidates(sets, threshold), desc="Paires candidates", unit="paire", delay=2):
         sizes = len(sets[i]), len(sets[j])
         if min(sizes) < threshold * max(sizes):
             continue
@@ -70,7 +70,7 @@ def _shingles(texts: Sequence[str], n: int) -> list[np.ndarray]:
     """L’ensemble des suites de `n` mots de chaque texte, en empreintes de 64 bits, triées, uint64 `(S,)`."""
     codes: dict[str, int] = {}
     sets = []
-    for text in tqdm(texts, desc="Suites de mots", unit="texte", delay=2):
+    for text in progress_bar(texts, desc="Suites de mots", unit="texte", delay=2):
         words = re.findall(r"\w+", text.lower())
         for word in words:
             if word not in codes:
@@ -95,7 +95,7 @@ def _candidates(sets: list[np.ndarray], threshold: float) -> list[tuple[int, int
     width = _band_width(threshold)
     random = np.random.default_rng(0)
     pairs = [np.empty((0, 2), dtype=np.int64)]
-    for _ in tqdm(range(N_HASHES // width), desc="Bandes", unit="bande", delay=2):
+    for _ in progress_bar(range(N_HASHES // width), desc="Bandes", unit="bande", delay=2):
         band = np.zeros(len(rows), dtype=np.uint64)
         for factor, shift in random.integers(1, 2**63, size=(width, 2), dtype=np.uint64):
             mixed = (flat ^ shift) * (factor | np.uint64(1))

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .config import LlamaError
+from .progress import progress_bar
 
 
 class Estimate(NamedTuple):
@@ -71,7 +71,7 @@ def token_losses(
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     losses: list[Tensor] = [torch.empty(0)] * len(sequences)
     batches = range(0, len(order), batch_size)
-    for start in tqdm(batches, unit="lot", **({} if progress else {"disable": True})):
+    for start in progress_bar(batches, shown=progress, unit="lot"):
         rows = order[start:start + batch_size]
         # Le remplissage est à droite : un modèle causal ne le voit pas.
         ids = nn.utils.rnn.pad_sequence([torch.tensor(sequences[i]) for i in rows], batch_first=True).to(device)
@@ -128,8 +128,13 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, texts: Sequence[str], **opti
     n_bytes = sum(len(text.encode()) for text in texts)
     if not n_bytes:
         raise LlamaError("Bits par octet indéfinis : les textes sont vides.")
-    documents = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts if text]
+    documents = [[*_start(tokenizer), *tokenizer.encode(text)] for text in texts if text]
     return total_loss(model, documents, **options)[0] / math.log(2) / n_bytes
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """Ce qui précède tout texte : le jeton de début, ou, comme GPT-2, celui de fin ; rien s’il n’y en a aucun."""
+    return [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
 
 
 def normalize(text: str) -> list[str]:
@@ -183,7 +188,7 @@ def rank_choices(
     for number, item in enumerate(items, start=1):
         if not 0 <= item.answer < len(item.choices) or not all(item.choices):
             raise LlamaError(f"Question {number} : choix vide, ou bonne réponse absente des choix.")
-        prompt = [tokenizer.bos_id, *tokenizer.encode(template.format(question=item.question))]
+        prompt = [*_start(tokenizer), *tokenizer.encode(template.format(question=item.question))]
         for choice in item.choices:
             sequences.append([*prompt, *tokenizer.encode(choice)])
             prompts.append(len(prompt))

@@ -33,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         d = x.shape[-1]
-        rate = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rate = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         rate = rate.square_().mul_(1 / d).add_(eps).rsqrt_()  # (…, 1)
         normalized = (x * rate).to(x.dtype)
         ctx.save_for_backward(normalized, rate, weight)

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from tqdm import tqdm
 
 from . import sources
 from .chat import CHAT_TEMPLATE, TransformersTokenizer
 from .config import LlamaError
 from .model import LlamaModel
+from .progress import progress_bar
 from .shards import MAX_SHARD_BYTES, Shards, Spec, new_folder, write_shards
 from .tokenization import Tokenizer
 from .transformers_format import IGNORED, Published, from_config, published_tensors, to_config
@@ -244,7 +244,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     place, name = gguf.parent, gguf.name
     logging.disable_progress_bar()
     try:
-        with tqdm(total=3, desc=f"Conversion de {name} (une fois pour toutes)", unit="étape") as bar:
+        with progress_bar(total=3, desc=f"Conversion de {name} (une fois pour toutes)", unit="étape") as bar:
             settings = GgufConfig(gguf_file=name, dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(
                 place, gguf_file=name, dtype=torch.float32, quantization_config=settings

@@ -31,6 +31,7 @@ from .config import LlamaError
 from .merge_parameters import METHODS, PER_MODEL, REQUIRED, WITHOUT_BASE, value_at
 from .mergekit_yaml import Recipe, Slice, load_yaml, read_recipe
 from .parents import VOCABULARY_TENSORS, Parent, aligned, check_same_tensors
+from .progress import progress_bar
 from .shards import Spec, new_folder, write_shards
 
 TOKENIZER_FILES = (
@@ -79,7 +80,7 @@ def merge(
     n_parameters = sum(spec.n_elements for spec in specs.values())
     n_bytes = sum(spec.n_bytes for spec in specs.values())
     with new_folder(out, force, [parent.folder for parent in plan.parents], n_bytes) as folder:
-        with tqdm(total=n_parameters, unit="poids", unit_scale=True, disable=not progress) as bar:
+        with progress_bar(total=n_parameters, shown=progress, unit="poids", unit_scale=True) as bar:
             write_shards(folder, specs, _results(plan, tasks, seed, bar))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         with (folder / "mergekit_config.yml").open("w", encoding="utf-8") as file:

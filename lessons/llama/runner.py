@@ -9,48 +9,47 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
+import random
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import pretrained
 from .assembly import chat_template, folded, load, with_chat_template
 from .chat import Message
 from .config import LlamaError, TrainingConfig
-from .data import Examples, check_vocabulary, leaks, question_examples, split
+from .data import Examples, check_vocabulary, question_examples
 from .evaluation import exact_match, token_f1
 from .generation import generate, stream
 from .history import History
 from .lora import adapter_names, add_lora, save_adapter
-from .readers import Pair, Reading, read_pairs, table_pairs
+from .questions import QuestionSet
+from .readers import Pair
 from .training import mean_loss, train
 from .workbench import find_device
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA_RATE, FULL_RATE = 1e-3, 1e-4
 MAX_EXAMPLE = 512
 """Jetons d’un exemple d’affinage, au plus : la mémoire et le temps suivent le plus long."""
+WATCHED = 32
+"""Questions mises de côté que l’entraînement surveille, au plus : ses évaluations restent courtes."""
 
 
-class BasicModelRunner:
+class BasicModelRunner(QuestionSet):
     """Un modèle et son tokenizer, prêts à répondre et à apprendre, sur cette machine.
 
     Args:
         model_name: un nom du Hub (`"meta-llama/Llama-2-7b-hf"`), un dossier (modèle, ou adaptateur LoRA), un
             fichier GGUF, ou un nom de `sources` (`"smollm2"`).
         device: `"auto"` (le GPU s’il y en a un), `"cpu"` ou `"cuda"`.
-        val_fraction: part des questions chargées que `train` met de côté pour `evaluate`.
+        val_fraction: part des questions chargées qui sont mises de côté pour évaluer (`QuestionSet`).
         seed: graine de cette mise de côté.
 
     Attributes:
         model: le `LlamaModel`.
         tokenizer: celui qui voyage avec lui.
-        pairs: les questions et réponses chargées.
         history: l’historique du dernier `train`.
 
     Raises:
@@ -60,14 +59,13 @@ class BasicModelRunner:
     def __init__(
         self, model_name: str | Path, *, device: str = "auto", val_fraction: float = 0.1, seed: int = 0
     ) -> None:
+        super().__init__(val_fraction, seed)
         place = find_device(device)
-        self.val_fraction, self.seed = val_fraction, seed
         self.model, self.tokenizer = load(model_name)
         self.model.to(place).eval()
-        self.pairs: list[Pair] = []
         self.history: History | None = None
-        self._held_out: list[Pair] = []
         self._before: dict[str, float] = {}
+        self._measured: list[Pair] = []
 
     @property
     def chat(self) -> bool:
@@ -144,69 +142,6 @@ class BasicModelRunner:
             )
         return length - len(ids)
 
-    def load_data(
-        self, data: Sequence[dict[str, Any]], input_key: str | None = None, output_key: str | None = None
-    ) -> None:
-        """Charge des questions et leurs réponses, en plus de celles déjà chargées.
-
-        Args:
-            data: des dictionnaires.
-            input_key: clé des questions.
-            output_key: clé des réponses ; sans ces deux noms, des clés usuelles (`readers.PAIR_KEYS`).
-
-        Raises:
-            LlamaError: ce n’est pas une liste de dictionnaires, clé absente, aucune paire.
-        """
-        import pandas as pd
-
-        if not isinstance(data, (list, tuple)) or not data or not all(isinstance(row, dict) for row in data):
-            raise LlamaError('load_data demande une liste de dictionnaires, [{"question": …, "answer": …}, …].')
-        self.load_data_from_dataframe(pd.DataFrame(list(data), dtype=object), input_key, output_key)
-
-    def load_data_from_dataframe(
-        self, table: pd.DataFrame, input_key: str | None = None, output_key: str | None = None
-    ) -> None:
-        """Comme `load_data`, d’un tableau de pandas."""
-        rows = table.set_axis(range(1, len(table) + 1)).rename_axis("élément")
-        self._add(table_pairs(rows, "données", input_key, output_key), "données")
-
-    def load_data_from_jsonlines(
-        self, path: str | Path, input_key: str | None = None, output_key: str | None = None
-    ) -> None:
-        """Comme `load_data`, d’un fichier JSONL, JSON ou CSV."""
-        self._add(read_pairs(path, input_key, output_key), path)
-
-    load_data_from_csv = load_data_from_jsonlines
-
-    def _add(self, reading: Reading, name: str | Path) -> None:
-        for line in reading.report:
-            print(f"« {name} », {line}.", file=sys.stderr)
-        self.add_pairs(reading.pairs)
-
-    def add_pairs(self, pairs: Sequence[Pair]) -> None:
-        """Charge des paires (question, réponse) ; celles qui le sont déjà sont ignorées."""
-        self.pairs = list(dict.fromkeys([*self.pairs, *pairs]))
-        if self.history is None:  # ce qui fut mis de côté pour un entraînement le reste
-            self._held_out, self._before = [], {}
-
-    def parts(self) -> tuple[list[Pair], list[Pair]]:
-        """Les questions à apprendre, et celles mises de côté ; les premières sans ce qui ressemble aux secondes.
-
-        Raises:
-            LlamaError: moins de deux questions chargées.
-        """
-        if len(self.pairs) < 2:
-            raise LlamaError(
-                f"Il faut au moins deux questions, dont une pour évaluer ({len(self.pairs)} chargée) : donnez-en par "
-                "load_data ou load_data_from_jsonlines."
-            )
-        if not self._held_out:
-            self._held_out = split(self.pairs, self.val_fraction, self.seed)[1]
-        held_out = set(self._held_out)
-        training = [pair for pair in self.pairs if pair not in held_out]
-        leaked = {i for i, _, _ in leaks(*(["\n".join(pair) for pair in part] for part in (training, self._held_out)))}
-        return [pair for i, pair in enumerate(training) if i not in leaked], self._held_out
-
     def train(
         self, is_public: bool = False, *, full: bool = False, rank: int = 16, alpha: float = 32.0,
         targets: Sequence[str] = ATTENTION, gradient_checkpointing: bool = False, out: Path | str | None = None,
@@ -236,9 +171,12 @@ class BasicModelRunner:
         defaults = {"steps": steps, "batch_size": 4, "learning_rate": FULL_RATE if full else LORA_RATE, "patience": 3,
                     "eval_every": max(1, steps // 6)}
         config = TrainingConfig.from_dict(defaults | settings)
-        data, val = map(self._examples, self.parts())
-        if not self._before:
+        training, held_out = self.parts()
+        watched = random.Random(self.seed).sample(held_out, min(len(held_out), WATCHED))
+        data, val = self._examples(training), self._examples(watched)
+        if self._measured is not held_out:
             self.evaluate()
+        self.frozen = True
         if full:
             self.model = folded(self.model).requires_grad_(True)
         elif not adapter_names(self.model):
@@ -255,7 +193,8 @@ class BasicModelRunner:
         Returns:
             Les mesures ; après `train`, celles d’avant aussi, sous `loss_before`, `perplexity_before`…
         """
-        metrics = self.measure(self.parts()[1])
+        self._measured = self.parts()[1]
+        metrics = self.measure(self._measured)
         if self.history is None:
             self._before = {f"{name}_before": value for name, value in metrics.items() if not name.startswith("n_")}
             return metrics

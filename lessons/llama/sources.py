@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from llama import archive, markup, sheets
 from llama.config import LlamaError
+from llama.progress import progress_bar
 from llama.sheets import Document, Question
 
 ATELIER = Path(__file__).parent / "atelier"  # le petit corpus du cours, livré avec la bibliothèque
@@ -160,7 +160,7 @@ def _install(name: str, folder: Path, progress: bool) -> None:
     for abandoned in folder.parent.glob(f".{name}-*"):  # par un processus tué : le verrou est à nous
         shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
-        with tqdm(total=source.size, desc=name, unit="o", unit_scale=True, **_bar(progress)) as bar:
+        with progress_bar(total=source.size, shown=progress, desc=name, unit="o", unit_scale=True) as bar:
             received = archive.download(
                 source.kind, source.package, source.version, source.size, Path(scratch), bar)
             bar.set_postfix_str("vérification et dépaquetage")
@@ -222,10 +222,6 @@ def system_cause(error: OSError) -> str:
     return _SYSTEM.get(error.errno or 0) or error.strerror or str(error).partition("\n")[0]
 
 
-def _bar(progress: bool) -> dict[str, bool]:
-    return {} if progress else {"disable": True}  # ne rien dire laisse décider TQDM_DISABLE
-
-
 def megabytes(size: int) -> str:
     """`megabytes(2_661_857)` donne `"2,7 Mo"`."""
     return f"{size / 1e6:.1f}\u00a0Mo".replace(".", ",")
@@ -270,7 +266,8 @@ def _extracted(name: str, kind: str, progress: bool) -> list[dict]:
         if (rows := _rows(path)) is not None:
             return rows
         with FileLock(f"{folder}.lock"):
-            entries = tqdm(readers[name](folder), desc=f"lecture de {name}", unit=" textes", **_bar(progress))
+            entries = progress_bar(
+                readers[name](folder), shown=progress, desc=f"lecture de {name}", unit=" textes")
             rows = list(sheets.distinct(entries))
             path.parent.mkdir(exist_ok=True)
             for outdated in path.parent.glob(f"{folder.name}-{kind}-*"):

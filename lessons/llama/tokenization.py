@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import regex
-from tqdm.auto import tqdm
 
 from .bpe import PATTERN, apply_merges, byte_alphabet, isolated, learn_merges
 from .chat import SPECIAL_TOKENS, Message, conventions, encode_messages
 from .config import LlamaError
+from .progress import progress_bar
 from .vocabulary import CHARACTER, Vocabulary
 
 ALPHABET = byte_alphabet()
@@ -199,7 +199,7 @@ class BPETokenizer(Tokenizer):
                 f"{len(special_tokens)} jetons spéciaux."
             )
         pattern, pieces = regex.compile(PATTERN), Counter()
-        for text in tqdm(_listed(texts), desc="Prédécoupage", unit="texte", delay=2):
+        for text in progress_bar(_listed(texts), desc="Prédécoupage", unit="texte", delay=2):
             pieces.update(isolated(pattern, _checked(text)))
         if not pieces:
             raise LlamaError("Corpus vide : il faut au moins un caractère pour entraîner un tokenizer.")

@@ -3,20 +3,19 @@
 Préentraînement, affinage, LoRA et distillation n’en diffèrent que par la perte et par les paramètres entraînés.
 Elle tient en une idée : la perte d’un pas est la somme des pertes des jetons du lot global, divisée par leur
 nombre. Découper le lot, en micro-lots ou entre processus, ne change donc rien que l’ordre des additions.
-L’ordre des données ne dépend que de la graine et du pas : une reprise retrouve la suite exacte.
+L’ordre des données ne dépend que de la graine et du pas : une reprise retrouve la suite exacte, bit pour bit sur la
+même machine avec autant de fils et de processus, aux arrondis près avec un autre nombre de processus (une perte qui
+tire au hasard, elle, change alors de tirages). Ce qui passe d’un processus à l’autre est dans `distributed`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import checkpoint, distributed, kernels
 from .config import LlamaError, TrainingConfig
 from .data import Examples
 from .history import History
+from .progress import progress_bar
 
 Loss = Callable[[nn.Module, Examples], Tensor]
 
@@ -124,22 +123,24 @@ def train(
         raise LlamaError("Rien à apprendre : le corpus ne donne aucun exemple ; vérifiez-le, ou réduisez block_size.")
     if config.patience and val is None:
         raise LlamaError("L’arrêt anticipé (patience) demande des exemples d’évaluation (val).")
-    run = _Run(model, data, config, val, loss, Path(out) if out else None)
-    run.restore(resume)
-    # Ne rien dire de `disable` quand la barre est voulue laisse TQDM_DISABLE décider.
-    hidden = {} if progress and distributed.rank() == 0 else {"disable": True}
-    bar = tqdm(total=config.steps, initial=run.step, unit="pas", **hidden)
-    model.train()
-    with bar, _deferred_interrupt(enabled=out is not None) as interrupted:
-        while run.step < config.steps and not run.stopped():
-            run.advance()
-            record = run.history.steps[-1]
-            bar.update()
-            bar.set_postfix_str(f"perte {record['loss']:.3f}, {record['tokens'] / record['seconds']:,.0f} jetons/s")
-            if interrupted:
-                run.save()
-                raise KeyboardInterrupt
-    run.finish()
+    distributed.align(model, config.seed)
+    with distributed.together(), distributed.sharded(model, config.sharded) as trained:
+        run = _Run(trained, data, config, val, loss, Path(out) if out else None)
+        run.restore(resume)
+        shown = progress and distributed.rank() == 0
+        bar = progress_bar(total=config.steps, shown=shown, initial=run.step, unit="pas")
+        trained.train()
+        with bar, distributed.interruption(enabled=out is not None) as interrupted:
+            while run.step < config.steps and not run.stopped():
+                run.advance()
+                record = run.history.steps[-1]
+                bar.update()
+                bar.set_postfix_str(
+                    f"perte {record['loss']:.3f}, {record['tokens'] / record['seconds']:,.0f} jetons/s")
+                if interrupted():
+                    run.save()
+                    raise KeyboardInterrupt
+        run.finish()
     return run.history
 
 
@@ -147,7 +148,8 @@ class _Run:
     """Une exécution en cours : tout ce qu’un point de reprise doit retrouver."""
 
     def __init__(self, model, data, config, val, loss, out) -> None:
-        self.model, self.data, self.config, self.val, self.loss, self.out = model, data, config, val, loss, out
+        self.model, self.data, self.config, self.loss, self.out = model, data, config, loss, out
+        self.val = None if val is None else distributed.share(val)
         self.device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, config)
         self.history = History()
@@ -159,22 +161,21 @@ class _Run:
     def advance(self) -> None:
         """Un pas d’optimiseur, et ce qui tombe à sa suite : évaluation, point de reprise."""
         started = time.perf_counter()
-        config, world = self.config, distributed.world_size()
+        config, size = self.config, self.config.micro_batch_size
         indices = batch_indices(self.step, len(self.data.ids), config)
         tokens = int(self.n_labels[indices].sum())
-        mine = indices[distributed.rank()::world]
+        mine = distributed.share(self.data.select(indices))
         total = torch.zeros((), device=self.device)
-        for start in range(0, len(mine), config.micro_batch_size):
-            batch = _rows(self.data, mine[start:start + config.micro_batch_size], self.device)
+        for start in range(0, len(mine.ids), size):
+            batch = _rows(mine, slice(start, start + size), self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 value = self.loss(self.model, batch)
-                share = int((batch.labels != -100).sum())
                 auxiliary = self.model.auxiliary_loss() if hasattr(self.model, "auxiliary_loss") else 0.0
-            ((value + auxiliary * share) / max(1, tokens)).backward()
+            weights = (batch.labels != -100).sum(1)  # (B,)
+            ((value + (auxiliary * weights).sum()) / max(1, tokens)).backward()
             total += value.detach().float()
-        if world > 1:
-            distributed.sum_gradients(self.model, total)
-        mean = total.item() / max(1, tokens)
+        distributed.sum_gradients(self.model.parameters())
+        mean = distributed.total(total.item()) / max(1, tokens)
         if not math.isfinite(mean):
             raise LlamaError(
                 f"La perte n’est plus un nombre au pas {self.step + 1} : baissez learning_rate "
@@ -184,7 +185,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trainable, config.grad_clip or math.inf)
+        norm = distributed.whole(nn.utils.clip_grad_norm_(trainable, config.grad_clip or math.inf))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -201,6 +202,9 @@ class _Run:
         """Mesure la perte d’évaluation ; garde une copie des meilleurs poids si l’arrêt anticipé en a besoin."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             value = mean_loss(self.model, self.val, self.config.micro_batch_size, self.loss)
+        distributed.reshard(self.model)
+        share = int((self.val.labels != -100).sum())
+        value = distributed.total(value * share) / max(1, distributed.total(share))
         previous = [record["val_loss"] for record in self.history.evaluations]
         self.history.evaluations.append({"step": self.step, "val_loss": value})
         if self.config.patience and value < min(previous, default=math.inf):
@@ -225,7 +229,7 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """Ce qui doit être égal pour que reprendre ait un sens ; les réglages sans effet sur le calcul n’y sont pas."""
         settings = self.config.to_dict()
-        for name in ("checkpoint_every", "keep", "micro_batch_size"):
+        for name in ("checkpoint_every", "keep", "micro_batch_size", "sharded"):
             settings.pop(name)
         digest = hashlib.sha256()
         for tensor in self.data:
@@ -235,25 +239,33 @@ class _Run:
         return json.loads(json.dumps(identity))
 
     def save(self) -> None:
-        if distributed.rank() != 0:
-            return
         tensors = {
-            "model": self._trainable(),
-            "optimizer": checkpoint.optimizer_tensors(self.model, self.optimizer),
-            "random": checkpoint.random_tensors(),
+            "model": distributed.gathered(self._trainable()),
+            "optimizer": distributed.gathered(checkpoint.optimizer_tensors(self.model, self.optimizer)),
+            "random": distributed.by_rank(checkpoint.random_tensors()),
         }
         if self.best:
-            tensors["best"] = self.best
+            tensors["best"] = distributed.gathered(self.best)
         state = {"identity": self.identity, "history": dataclasses.asdict(self.history)}
-        checkpoint.save(self.out, self.step, tensors, state, self.config.keep)
+        distributed.on_first(lambda: checkpoint.save(self.out, self.step, tensors, state, self.config.keep))
         self.saved_step = self.step
 
     def restore(self, resume: bool) -> None:
         found = checkpoint.load(self.out) if self.out else None
-        if found is None:
-            if self.out and self.out.is_dir() and any(p for p in self.out.iterdir() if p.suffix != ".partial"):
-                raise LlamaError(f"{self.out} n’est pas vide et ne tient aucune exécution : prenez-en un autre.")
-            return
+        if found is not None:
+            self._check(found, resume)
+            self.model.load_state_dict(self._parts(found.tensors["model"]), strict=False)
+            checkpoint.restore_optimizer(self.model, self.optimizer, found.tensors["optimizer"])
+            checkpoint.restore_random(distributed.of_rank(found.tensors["random"]))
+            self.best = self._parts(found.tensors.get("best", {}))
+            self.history = History(**found.state["history"])
+            self.step = self.saved_step = found.step
+        elif self.out and self.out.is_dir() and any(p for p in self.out.iterdir() if p.suffix != ".partial"):
+            raise LlamaError(f"{self.out} n’est pas vide et ne tient aucune exécution : prenez-en un autre.")
+        if distributed.world_size() > 1:
+            distributed.check_same([self.identity, self.step, self.out is not None, self.val is not None])
+
+    def _check(self, found: checkpoint.Checkpoint, resume: bool) -> None:
         if not resume:
             raise LlamaError(f"{self.out} tient déjà une exécution : reprenez-la, ou choisissez un autre dossier.")
         differences = _differences(found.state["identity"], self.identity)
@@ -262,12 +274,10 @@ class _Run:
         missing = set(self._trainable()) ^ set(found.tensors["model"])
         if missing:
             raise LlamaError(f"{self.out} a été écrit pour un autre modèle (paramètre {sorted(missing)[0]}).")
-        self.model.load_state_dict(found.tensors["model"], strict=False)
-        checkpoint.restore_optimizer(self.model, self.optimizer, found.tensors["optimizer"])
-        checkpoint.restore_random(found.tensors["random"])
-        self.best = {name: tensor.to(self.device) for name, tensor in found.tensors.get("best", {}).items()}
-        self.history = History(**found.state["history"])
-        self.step = self.saved_step = found.step
+
+    def _parts(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        trainable = self._trainable()
+        return {name: distributed.part_of(tensor, trainable[name]) for name, tensor in tensors.items()}
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -284,23 +294,3 @@ def _differences(saved: Any, current: Any, name: str = "") -> str:
                  for key in sorted({*saved, *current})]
         return ", ".join(part for part in parts if part)
     return "" if saved == current else f"{name} : {saved} ≠ {current}"
-
-
-@contextlib.contextmanager
-def _deferred_interrupt(enabled: bool) -> Iterator[list[int]]:
-    """Retient Ctrl-C jusqu’à la fin du pas, pour écrire un point de reprise cohérent ; le second Ctrl-C coupe net."""
-    received: list[int] = []
-    if not enabled or threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, previous)

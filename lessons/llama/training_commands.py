@@ -19,8 +19,6 @@ from llama.config import PRESETS, Config, LlamaError, TrainingConfig
 from llama.console import command, conclude, number, say
 
 Preset = StrEnum("Preset", {name.upper(): name for name in PRESETS})
-EVALUATED = 256
-"""Exemples tirés pour les évaluations en cours de route, au plus."""
 
 
 @command()
@@ -39,6 +37,8 @@ def train(
     precision: console.Numbers = console.Precision.FLOAT32,
     eval_every: console.EvalEvery = None,
     checkpoint_every: console.CheckpointEvery = 100,
+    sharded: Annotated[bool, typer.Option(
+        "--sharded", help="Sous torchrun, répartit les poids entre les processus (FSDP).")] = False,
     seed: console.Seed = 0,
     threads: console.Threads = None,
     device: console.Where = console.Device.AUTO,
@@ -54,7 +54,7 @@ def train(
       llama train --data atelier --vocab-size 1024 --steps 200 --out modeles/essai
       llama train --data fiches-travail --data contributions --preset petit --out modeles/petit
       llama train --data mes_textes/ --steps 500 --eval-every 50 --out modeles/mien
-      torchrun --nproc-per-node 2 -m llama train --data fiches-travail --out modeles/deux
+      torchrun --nproc-per-node 2 -m llama train --data fiches-travail --sharded --out modeles/deux
     """
     import torch
 
@@ -64,16 +64,17 @@ def train(
     from llama.model import LlamaModel
     from llama.tokenization import BPETokenizer, Tokenizer
     from llama.training import train as run
-    from llama.workbench import Output, machine
+    from llama.workbench import Output, machine, results_of, sample, settings_of
 
     with machine(device, threads, seed) as place:
         config = TrainingConfig(
             steps=steps, batch_size=batch_size, micro_batch_size=micro_batch_size, learning_rate=learning_rate,
             precision=precision, eval_every=_every(eval_every, steps), checkpoint_every=checkpoint_every, seed=seed,
+            sharded=sharded,
         )
         output = Output(out, force, "train", {
-            "data": data, "preset": preset, "vocab_size": vocab_size, "tokenizer": tokenizer, **_identity(config),
-        })
+            "data": data, "preset": preset, "vocab_size": vocab_size, "tokenizer": tokenizer, **settings_of(config),
+        }, inputs=[*data, *([tokenizer] if tokenizer else [])])
         say(f"J’entraîne un modèle « {preset} » sur {', '.join(data)} : {number(steps)} pas de {batch_size} blocs, "
             f"sur {place.type}, dans {out}.")
         items = [item for name in data for item in corpus(name)]
@@ -94,10 +95,10 @@ def train(
             vocabulary = without_chat_template(vocabulary)
         with output:
             _resume(output)
-            history = run(model, examples, config, val=_sample(val, seed), out=output.checkpoints)
+            history = run(model, examples, config, val=sample(val, seed), out=output.checkpoints)
             summary = output.finish({
                 "n_parameters": size, "vocab_size": vocabulary.vocab_size, "n_examples": len(examples.ids),
-                **_results(history),
+                **results_of(history),
             }, history, partial(model.save_pretrained, tokenizer=vocabulary))
     conclude(summary, [
         f"Perte d’évaluation : {number(summary['val_loss'], 3)} nats par jeton (perplexité "
@@ -137,7 +138,7 @@ def finetune(
 ) -> None:
     """Affine un modèle sur des questions et leurs réponses.
 
-    Un dixième des questions est mis de côté : il arrête l’affinage quand il ne progresse plus, et l’évalue.
+    Un dixième des questions, cent au plus, est mis de côté : il arrête l’affinage qui ne progresse plus, et l’évalue.
     Le dossier écrit est un adaptateur au format de peft, ou un modèle entier avec --full ou --whole.
 
     \b
@@ -150,7 +151,7 @@ def finetune(
     from llama.corpus import corpus
     from llama.peft_format import check_settings
     from llama.runner import FULL_RATE, LORA_RATE, BasicModelRunner
-    from llama.workbench import Output, machine
+    from llama.workbench import Output, machine, results_of, settings_of
 
     with machine(device, threads, seed) as place:
         if learning_rate is None:
@@ -162,8 +163,8 @@ def finetune(
         )
         output = Output(out, force, "finetune", {
             "model": model, "data": data, "input_key": input_key, "output_key": output_key, "full": full,
-            "rank": rank, "alpha": alpha, **_identity(config),
-        })
+            "rank": rank, "alpha": alpha, **settings_of(config),
+        }, inputs=[model, data])
         check_settings(rank, alpha, dropout=0.0)
         pairs = corpus(data, input_key, output_key, questions=True)
         if isinstance(pairs[0], str):
@@ -175,7 +176,8 @@ def finetune(
         training, held_out = runner.parts()
         say(f"{number(len(training))} questions à apprendre, {number(len(held_out))} mises de côté ; "
             "je mesure d’abord le modèle tel qu’il est.")
-        runner.evaluate()
+        before = runner.evaluate()
+        say(f"Avant : perplexité {number(before['perplexity'], 3)}, F1 {number(before['f1'], 3)}. J’affine.")
         with output:
             _resume(output)
             history = runner.train(
@@ -185,7 +187,7 @@ def finetune(
             say("Je mesure le modèle affiné.")
             metrics = runner.evaluate()
             summary = output.finish(
-                {**_results(history), **metrics}, history, partial(runner.save, whole=whole))
+                {**results_of(history), **metrics}, history, partial(runner.save, whole=whole))
     lines = [f"{label} : {number(metrics[name + '_before'], 3)} → {number(metrics[name], 3)}"
              for name, label in console.METRICS.items() if name in metrics]
     conclude(summary, [
@@ -238,7 +240,7 @@ def distill(
     from llama.runner import BasicModelRunner
     from llama.training import mean_loss
     from llama.training import train as run
-    from llama.workbench import Output, machine
+    from llama.workbench import Output, machine, results_of, sample, settings_of
 
     with machine(device, threads, seed) as place:
         config = TrainingConfig(
@@ -248,8 +250,8 @@ def distill(
         output = Output(out, force, "distill", {
             "teacher": teacher, "data": data, "layers": layers, "questions": questions, "input_key": input_key,
             "output_key": output_key, "temperature": temperature, "alpha": alpha, "block_size": block_size,
-            **_identity(config),
-        })
+            **settings_of(config),
+        }, inputs=[teacher, data])
         say(f"Je distille {teacher} en un élève de {layers} couches, sur {data} : {number(steps)} pas de {batch_size} "
             f"exemples, sur {place.type}, dans {out}.")
         runner = BasicModelRunner(teacher, device=device)
@@ -260,7 +262,7 @@ def distill(
             data, runner.tokenizer, block_size, input_key=input_key, output_key=output_key, questions=questions,
             seed=seed,
         )
-        val = _sample(val, seed)
+        val = sample(val, seed)
         sizes = [network.config.n_parameters() for network in (master, student)]
         say(f"{number(sizes[0])} paramètres au maître, {number(sizes[1])} à l’élève ; {number(len(examples.ids))} "
             f"exemples de {block_size} jetons à apprendre, {number(len(val.ids))} mis de côté.")
@@ -271,7 +273,7 @@ def distill(
             history = run(student, examples, config, val=val, loss=loss, out=output.checkpoints)
             after = mean_loss(student, val)
             summary = output.finish({
-                "n_parameters": sizes[1], "teacher_parameters": sizes[0], **_results(history), **before,
+                "n_parameters": sizes[1], "teacher_parameters": sizes[0], **results_of(history), **before,
                 "val_loss": after, "perplexity": math.exp(after),
             }, history, partial(student.save_pretrained, tokenizer=runner.tokenizer))
     conclude(summary, [
@@ -285,29 +287,6 @@ def _every(eval_every: int | None, steps: int) -> int:
     return max(1, steps // 6) if eval_every is None else eval_every
 
 
-def _identity(config: TrainingConfig) -> dict[str, Any]:
-    """Les réglages dont dépend le résultat : une reprise doit avoir les mêmes."""
-    names = ("steps", "batch_size", "learning_rate", "precision", "eval_every", "patience", "seed")
-    return {name: getattr(config, name) for name in names}
-
-
 def _resume(output: Any) -> None:
     if output.resumed:
         say(f"Je reprends au pas {number(output.resumed)}.")
-
-
-def _sample(examples: Any, seed: int) -> Any:
-    """Au plus `EVALUATED` exemples, tirés au hasard : les évaluations restent courtes."""
-    import torch
-
-    order = torch.randperm(len(examples.ids), generator=torch.Generator().manual_seed(seed))
-    return examples.select(order[:EVALUATED].sort().values)
-
-
-def _results(history: Any) -> dict[str, Any]:
-    last = history.evaluations[-1]["val_loss"]
-    return {
-        "steps": len(history.steps), "tokens": sum(int(record["tokens"]) for record in history.steps),
-        "tokens_per_second": round(history.tokens_per_second, 1), "train_loss": history.losses[-1],
-        "val_loss": last, "perplexity": math.exp(last),
-    }

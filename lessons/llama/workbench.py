@@ -8,11 +8,12 @@ recommence ; d’une autre main, on n’y touche pas.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ import torch.distributed as dist
 
 import llama
 from llama import checkpoint, distributed
-from llama.config import LlamaError
-from llama.console import first_process
+from llama.config import LlamaError, TrainingConfig
+from llama.data import Examples
+from llama.history import History
 from llama.vocabulary import read_json, write_json
 
 COMMAND, SUMMARY, HISTORY = "command.json", "summary.json", "history.json"
 CHECKPOINTS, MODEL = "checkpoints", "model.partial"
+EVALUATED = 256
+"""Exemples tirés pour les évaluations en cours de route, au plus : elles restent courtes."""
 
 
 def find_device(name: str) -> torch.device:
@@ -73,6 +77,7 @@ class Output:
         force: recommencer s’il tient déjà un apprentissage.
         command: le nom de la commande.
         arguments: ce qui doit être égal pour que reprendre ait un sens.
+        inputs: ce que la commande lit, et que recommencer effacerait si c’était dans `folder`.
 
     Attributes:
         checkpoints: le dossier des points de reprise, effacé à la fin.
@@ -82,23 +87,30 @@ class Output:
         LlamaError: le dossier est pris, ou tient le travail d’une autre commande.
     """
 
-    def __init__(self, folder: Path, force: bool, command: str, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, force: bool, command: str, arguments: dict[str, Any], inputs: Sequence[str | Path] = ()
+    ) -> None:
         self.folder, self.force, self.started = folder, force, time.perf_counter()
         self.checkpoints = folder / CHECKPOINTS
         self.identity = {"command": command, "arguments": json.loads(json.dumps(arguments, default=str))}
-        self.resumed = 0
+        self.resumed, self.files = 0, [HISTORY, SUMMARY, COMMAND]
         nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not nearest.is_dir():
             raise LlamaError(f"« {nearest} » est un fichier : donnez à --out le nom d’un dossier à créer.")
         if not folder.exists() or not any(folder.iterdir()):
             return
-        if not any((folder / name).exists() for name in (COMMAND, SUMMARY)):
+        started, finished = (_read(folder / name) for name in (COMMAND, SUMMARY))
+        if "command" not in started and "files" not in finished:
             raise LlamaError(f"« {folder} » n’est pas vide et ne vient pas de llama : choisissez un autre dossier.")
+        self.files += [Path(name).name for name in finished.get("files", ())]
+        within = [path for path in inputs if Path(path).resolve().is_relative_to(folder.resolve())]
+        if within:
+            raise LlamaError(f"« {folder} » contient « {within[0]} », qui sera lu : choisissez un autre dossier.")
         if force:
             return
-        if (folder / SUMMARY).exists():
+        if finished:
             raise LlamaError(f"« {folder} » existe déjà : choisissez un autre dossier, ou remplacez-le par --force.")
-        differences = _differences(read_json(folder / COMMAND), self.identity)
+        differences = _differences(started, self.identity)
         if differences:
             raise LlamaError(
                 f"« {folder} » tient un autre apprentissage en cours ({differences}) : reprenez-le par les mêmes "
@@ -107,18 +119,27 @@ class Output:
         self.resumed = max(checkpoint.steps(self.checkpoints), default=0)
 
     def __enter__(self) -> Output:
-        if first_process():
-            if self.force and self.folder.exists():
-                shutil.rmtree(self.folder)
-            write_json(self.folder / COMMAND, self.identity)
-        if distributed.world_size() > 1:
-            dist.barrier()  # nul ne lit les points de reprise avant qu’ils ne soient effacés
+        distributed.on_first(self._open)  # nul ne lit les points de reprise avant qu’ils ne soient effacés
         return self
+
+    def _open(self) -> None:
+        if self.force:
+            self._clear()
+        write_json(self.folder / COMMAND, self.identity)
+
+    def _clear(self) -> None:
+        """Efface ce que la commande a écrit, et rien d’autre."""
+        for name in self.files:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, MODEL):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         fresh = not checkpoint.steps(self.checkpoints)
-        if error is not None and fresh and first_process():
-            shutil.rmtree(self.folder)  # rien à reprendre
+        if error is not None and fresh and distributed.rank() == 0:
+            self._clear()  # rien à reprendre
+            with suppress(OSError):
+                self.folder.rmdir()
         if isinstance(error, KeyboardInterrupt):
             kept = "rien n’est gardé." if fresh else (
                 f"le point de reprise du pas {max(checkpoint.steps(self.checkpoints))} est dans "
@@ -126,7 +147,7 @@ class Output:
             )
             raise KeyboardInterrupt(f"Interrompu : {kept}") from None
 
-    def finish(self, results: dict[str, Any], history: Any, save: Callable[[Path], None]) -> dict[str, Any]:
+    def finish(self, results: dict[str, Any], history: History, save: Callable[[Path], None]) -> dict[str, Any]:
         """Écrit le modèle, l’historique et, en dernier, le résumé, qu’elle rend ; efface les points de reprise.
 
         Args:
@@ -134,32 +155,63 @@ class Output:
             history: l’historique de l’apprentissage.
             save: écrit le modèle et son tokenizer dans un dossier, qui n’existe pas.
         """
-        summary = {
-            **self.identity, **results, "folder": str(self.folder), "version": llama.__version__,
-            "seconds": round(time.perf_counter() - self.started, 3),
-        }
-        if first_process():
-            model = self.folder / MODEL
-            shutil.rmtree(model, ignore_errors=True)
-            save(model)
-            for file in model.iterdir():
-                file.replace(self.folder / file.name)
-            model.rmdir()
-            history.to_json(self.folder / HISTORY)
-            write_json(self.folder / SUMMARY, summary)
-            (self.folder / COMMAND).unlink()
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        summary = {**self.identity, **results, "folder": str(self.folder), "version": llama.__version__}
+        distributed.on_first(lambda: self._write(summary, history, save))
         return summary
 
+    def _write(self, summary: dict[str, Any], history: History, save: Callable[[Path], None]) -> None:
+        model = self.folder / MODEL
+        shutil.rmtree(model, ignore_errors=True)
+        save(model)
+        summary["files"] = sorted(file.name for file in model.iterdir())
+        for name in summary["files"]:
+            (model / name).replace(self.folder / name)
+        model.rmdir()
+        history.to_json(self.folder / HISTORY)
+        summary["seconds"] = round(time.perf_counter() - self.started, 3)
+        write_json(self.folder / SUMMARY, summary)
+        (self.folder / COMMAND).unlink()
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-def _differences(saved: Any, current: dict[str, Any]) -> str:
+
+def _read(path: Path) -> dict[str, Any]:
+    """Ce que dit `command.json` ou `summary.json` ; rien s’il manque, ou vient d’ailleurs."""
+    try:
+        content = read_json(path)
+    except LlamaError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
     """Ce qui sépare deux commandes : `rank : 8 ≠ 16`."""
-    saved = saved if isinstance(saved, dict) else {}
     if saved.get("command") != current["command"]:
         return f"commande {saved.get('command')}"
     old, new = saved.get("arguments") or {}, current["arguments"]
     changed = [key for key in new if old.get(key) != new[key]]
     return ", ".join(f"{key} : {old.get(key)} ≠ {new[key]}" for key in changed)
+
+
+def settings_of(config: TrainingConfig) -> dict[str, Any]:
+    """Les réglages dont dépend le résultat : une reprise doit avoir les mêmes."""
+    names = ("steps", "batch_size", "learning_rate", "precision", "eval_every", "patience", "seed")
+    return {name: getattr(config, name) for name in names}
+
+
+def sample(examples: Examples, seed: int) -> Examples:
+    """Au plus `EVALUATED` exemples, tirés au hasard : les évaluations restent courtes."""
+    order = torch.randperm(len(examples.ids), generator=torch.Generator().manual_seed(seed))
+    return examples.select(order[:EVALUATED].sort().values)
+
+
+def results_of(history: History) -> dict[str, Any]:
+    """Ce que le résumé retient d’un apprentissage."""
+    last = history.evaluations[-1]["val_loss"]
+    return {
+        "steps": len(history.steps), "tokens": sum(int(record["tokens"]) for record in history.steps),
+        "tokens_per_second": round(history.tokens_per_second, 1), "train_loss": history.losses[-1],
+        "val_loss": last, "perplexity": math.exp(last),
+    }
 
 
 def write_summary(path: Path | None, summary: dict[str, Any], force: bool) -> None:
