@@ -36,8 +36,7 @@ from llama.model import LlamaModel
 from llama.training import next_token_loss, train
 
 CONFIG = Config(vocab_size=32, d_model=16, n_layers=2, n_heads=2, d_ff=32, block_size=16)
-# Sans perte d’équilibrage : elle porte sur les jetons d’un passage, et non du lot global.
-MOE = CONFIG.replace(num_local_experts=6, moe_layers=(1,), router_aux_loss_coef=0.0)
+MOE = CONFIG.replace(num_local_experts=6, moe_layers=(1,))
 SETTINGS = TrainingConfig(steps=50, batch_size=7, micro_batch_size=2, learning_rate=1e-2, eval_every=10)
 SCENARIOS = {
     "dense": (CONFIG, SETTINGS),  # 7 exemples pour 2 processus, par passages de 2

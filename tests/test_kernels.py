@@ -36,7 +36,7 @@ def test_rms_norm() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_types(dtype: torch.dtype, autocast: bool) -> None:
-    """La sortie a le type des produits qui suivent ; chaque gradient, celui de ce qu’il corrige."""
+    """La sortie a le type des produits qui suivent ; chaque gradient, celui de ce qu’il corrige."""
     x, weight = torch.randn(4, 8, dtype=dtype, requires_grad=True), torch.ones(8, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = kernels.rms_norm(x, weight, 1e-5)
@@ -53,7 +53,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [1, 5, 8, 13])
 def test_attention(length: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Le chemin de l’entraînement et le noyau de PyTorch donnent l’équation ; le premier, ses gradients aussi."""
+    """Le chemin de l’entraînement et le noyau de PyTorch donnent l’équation ; le premier, ses gradients aussi."""
     monkeypatch.setattr(kernels, "QUERY_BLOCK", 4)
     q, k, v = doubles(3, 6, length, 4), doubles(3, 2, length, 4), doubles(3, 2, length, 4)
     causal = torch.full((1, 1, length, length), -math.inf, dtype=torch.float64).triu(1)
@@ -102,7 +102,7 @@ def test_linear_cross_entropy(kept: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_linear_cross_entropy_of_frozen_weights() -> None:
-    """Une matrice gelée (LoRA) ne reçoit pas de gradient ; à l’évaluation, aucun n’est calculé."""
+    """Une matrice gelée (LoRA) ne reçoit pas de gradient ; à l’évaluation, aucun n’est calculé."""
     x, weight, labels = doubles(5, 6), doubles(9, 6).detach(), torch.randint(9, (5,))
     kernels.linear_cross_entropy(x, weight, labels).backward()
     assert x.grad is not None and weight.grad is None

@@ -406,7 +406,7 @@ MISUSES = {
     "dossier absent": (own, at(load_adapter, "rien"), "introuvable"),
     "moins de couches": (
         partial(own, num_hidden_layers=2), at(load_adapter, "lora"),
-        "adapte un autre modèle (« sans nom ») : la couche model.layers.2.",
+        "») : la couche model.layers.2.",
     ),
     "autre largeur": (
         partial(own, intermediate_size=32), at(load_adapter, "lora"),

@@ -1,4 +1,4 @@
-"""Le modèle, contre celui de transformers à poids égaux, et contre lui-même : cache, documents, équilibre."""
+"""Le modèle, contre celui de transformers à poids égaux, et contre lui-même : cache, documents, équilibre."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DENSE_VARIANTS = {
     "theta": replace(DENSE, rope_theta=500.0),
     "scaling": replace(DENSE, rope_scaling=SCALING),
 }
-# Tout à la fois : couches denses et MoE, sans RoPE, tranches et paliers bien plus courts que l’entrée.
+# Tout à la fois : couches denses et MoE, sans RoPE, tranches et paliers bien plus courts que l’entrée.
 LLAMA4 = Config(
     vocab_size=97, d_model=48, n_layers=6, n_heads=6, n_kv_heads=2, d_k=16, d_ff=32, d_ff_dense=80,
     tie_word_embeddings=False, num_local_experts=4, num_experts_per_tok=2, moe_layers=(1, 3, 4), qk_norm=True,
@@ -147,7 +147,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("change", SWITCHES.values(), ids=SWITCHES.keys())
 def test_each_llama4_option_matters(change: dict) -> None:
-    """Éteindre ou changer une option d’un seul côté se voit : aucune des égalités ci-dessus n’est vide."""
+    """Éteindre ou changer une option d’un seul côté se voit : aucune des égalités ci-dessus n’est vide."""
     theirs = reference(LLAMA4)
     weights, ids = theirs.state_dict(), torch.randint(97, (3, T))
     with torch.no_grad():
@@ -176,13 +176,13 @@ def test_each_llama_option_matters(change: dict) -> None:
     {"tie_word_embeddings": True},
 ], ids=str)
 def test_options_of_shape_refuse_other_weights(change: dict) -> None:
-    """Ces options changent les formes ou les noms : les poids d’un autre modèle n’y entrent pas."""
+    """Ces options changent les formes ou les noms : les poids d’un autre modèle n’y entrent pas."""
     with pytest.raises(RuntimeError):
         LlamaModel(replace(LLAMA4, **change)).load_state_dict(LlamaModel(LLAMA4).state_dict())
 
 
 def test_grouped_heads_share_the_right_keys() -> None:
-    """La tête de clés g sert les têtes de requêtes qui se suivent, g·H/G… ; les répartir autrement se voit."""
+    """La tête de clés g sert les têtes de requêtes qui se suivent, g·H/G… ; les répartir autrement se voit."""
     grouped = random_model(DENSE)
     ids = torch.randint(97, (2, T))
 
@@ -226,7 +226,7 @@ def test_cache_equals_recomputation(config: Config, steps: list[int]) -> None:
 @pytest.mark.parametrize("steps", [[1] * 10, [10], [4, 1, 5]], ids=str)
 @pytest.mark.parametrize("config", CACHED.values(), ids=CACHED.keys())
 def test_cache_of_unequal_prompts(config: Config, steps: list[int]) -> None:
-    """Des invites remplies à gauche, puis prolongées : chacune comme si elle était seule."""
+    """Des invites remplies à gauche, puis prolongées : chacune comme si elle était seule."""
     model = random_model(config)
     prompts = [torch.randint(97, (n,)) for n in (17, 30, 5)]
     following = torch.randint(97, (3, 10))
@@ -248,14 +248,14 @@ def test_full_cache_is_refused() -> None:
     model, cache = random_model(DENSE), KVCache(DENSE, 1, 8)
     with torch.no_grad():
         model(torch.zeros(1, 6, dtype=torch.int64), cache=cache)
-        with pytest.raises(LlamaError, match="Cache plein : 9 jetons pour 8 places"):
+        with pytest.raises(LlamaError, match="Cache plein : 9 jetons pour 8 places"):
             model(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("config", CACHED.values(), ids=CACHED.keys())
 def test_packed_documents_ignore_each_other(config: Config, training: bool) -> None:
-    """Des documents mis bout à bout donnent ce qu’ils donneraient seuls ; sans masque, non."""
+    """Des documents mis bout à bout donnent ce qu’ils donneraient seuls ; sans masque, non."""
     model = random_model(config)
     lengths = [[11, 20, 6, 3], [25, 1, 14, 0]]  # le dernier nombre est du remplissage, à droite
     mask = torch.stack([
@@ -298,7 +298,7 @@ def test_causality() -> None:
 
 @pytest.mark.parametrize("config", [DENSE, DENSE_VARIANTS["tied"], LLAMA4], ids=["llama", "tied", "moe"])
 def test_initial_loss(config: Config) -> None:
-    """À la naissance, les logits ont pour variance 1 : la perte vaut ln V + ½."""
+    """À la naissance, les logits ont pour variance 1 : la perte vaut ln V + ½."""
     config = replace(config, vocab_size=1000, d_model=96)
     torch.manual_seed(0)
     model, ids = LlamaModel(config), torch.randint(1000, (8, 101))
@@ -318,7 +318,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     def gradients(checkpointing: bool) -> list[Tensor]:
         model.zero_grad()
         model.gradient_checkpointing = checkpointing
-        (model(ids).logsumexp(-1).sum() + model.auxiliary_loss()).backward()
+        (model(ids).logsumexp(-1).sum() + model.auxiliary_loss().sum()).backward()
         return [p.grad for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
@@ -329,7 +329,7 @@ def test_training_step_is_deterministic() -> None:
         torch.manual_seed(0)
         model = LlamaModel(LLAMA4)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(torch.randint(97, (4, T))).float().logsumexp(-1).mean() + model.auxiliary_loss()
+            loss = model(torch.randint(97, (4, T))).float().logsumexp(-1).mean() + model.auxiliary_loss().mean()
         loss.backward()
         return [p.grad for p in model.parameters()]
 
@@ -338,7 +338,7 @@ def test_training_step_is_deterministic() -> None:
 
 @pytest.mark.parametrize("config", [DENSE, LLAMA4], ids=["llama", "llama4"])
 def test_bf16_is_close(config: Config) -> None:
-    """Autocast, ou des poids en bf16 : les mêmes probabilités, à la précision du bf16."""
+    """Autocast, ou des poids en bf16 : les mêmes probabilités, à la précision du bf16."""
     torch.manual_seed(0)
     model, ids = LlamaModel(config), torch.randint(97, (4, T))
     with torch.no_grad():
@@ -379,7 +379,7 @@ def test_balance_loss_is_least_when_uniform() -> None:
     def loss(experts: list[int]) -> float:
         moe.chosen = torch.tensor(experts)[:, None]
         moe.scores = F.one_hot(moe.chosen[:, 0], 4) * 40.0 - 20.0
-        return moe.balance_loss().item()
+        return moe.balance_loss(torch.ones(1, len(experts), dtype=torch.bool)).item()
 
     uniform, skewed, all_to_one = loss([0, 1, 2, 3] * 5), loss([0] * 8 + [1, 2, 3] * 4), loss([2] * 20)
     assert uniform == pytest.approx(1) and all_to_one == pytest.approx(4)
@@ -390,7 +390,7 @@ def test_balance_gradient_lowers_the_busiest_expert() -> None:
     moe = MoE(replace(LLAMA4, num_experts_per_tok=1))
     scores = (torch.randn(200, 4) + torch.tensor([1.0, 0.0, 0.0, 0.0])).requires_grad_()
     moe.scores, moe.chosen = scores, scores.topk(1).indices
-    moe.balance_loss().backward()
+    moe.balance_loss(torch.ones(1, 200, dtype=torch.bool)).backward()
     busiest = moe.load().argmax()
     # Descendre le gradient baisse le score de l’expert le plus chargé, et lui seul.
     assert scores.grad.mean(0)[busiest] > 0 and scores.grad.mean(0).argmax() == busiest
@@ -415,7 +415,7 @@ def test_training_balances_a_skewed_router() -> None:
             loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
             load = model.expert_load()[0]
             result.append((load.max() / load.sum()).item())
-            (loss + model.auxiliary_loss()).backward()
+            (loss + model.auxiliary_loss().mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
         return result

@@ -1,4 +1,4 @@
-"""Les poids publiés : aller et retour avec transformers, GGUF, Hub, et tout ce qui est refusé, en une ligne."""
+"""Les poids publiés : aller et retour avec transformers, GGUF, Hub, et tout ce qui est refusé, en une ligne."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MODELS = {
     "llama4_unchunked": replace(LLAMA4, attention_chunk_size=None, nope_layers=(), tie_word_embeddings=True),
     "llama4_dense": Config(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=48, qk_norm=True),
 }
-TEXT = "L’été, le préavis est de deux mois ; l’employeur doit l’écrire. " * 20
+TEXT = "L’été, le préavis est de deux mois ; l’employeur doit l’écrire. " * 20
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def content(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 def test_round_trip(config: Config, tmp_path: Path) -> None:
-    """Nous écrivons, transformers lit, avec les mêmes logits ; il réécrit, nous relisons les mêmes poids."""
+    """Nous écrivons, transformers lit, avec les mêmes logits ; il réécrit, nous relisons les mêmes poids."""
     model, ids = random_model(config), torch.randint(64, (2, 20))
     model.save_pretrained(tmp_path / "ours")
     again = LlamaModel.from_pretrained(tmp_path / "ours")
@@ -103,7 +103,7 @@ def test_round_trip(config: Config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [DENSE, LLAMA4], ids=["llama", "llama4"])
 def test_shards(config: Config, tmp_path: Path) -> None:
-    """Au-delà de la taille donnée, plusieurs fichiers et un index, que transformers lit aussi ; et l’inverse."""
+    """Au-delà de la taille donnée, plusieurs fichiers et un index, que transformers lit aussi ; et l’inverse."""
     model, ids = random_model(config), torch.randint(64, (2, 20))
     pretrained.save(model, tmp_path / "ours", max_shard_bytes=20_000)
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2
@@ -116,7 +116,7 @@ def test_shards(config: Config, tmp_path: Path) -> None:
 
 
 def test_types(tmp_path: Path) -> None:
-    """Écrit en bf16, relu en float32 : les poids arrondis, dans le type demandé."""
+    """Écrit en bf16, relu en float32 : les poids arrondis, dans le type demandé."""
     model = random_model(DENSE)
     model.save_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     assert next(model.parameters()).dtype == torch.float32
@@ -149,7 +149,7 @@ def test_tokenizer_travels(kind: type, tmp_path: Path) -> None:
 
 
 def test_foreign_chat_template_is_applied(tmp_path: Path) -> None:
-    """Un gabarit qui n’est pas le nôtre passe par transformers, sous notre interface ; il se réenregistre."""
+    """Un gabarit qui n’est pas le nôtre passe par transformers, sous notre interface ; il se réenregistre."""
     theirs = BPETokenizer.train([TEXT], 300).to_transformers()
     theirs.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
     model = random_model(replace(DENSE, vocab_size=300))
@@ -167,7 +167,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    """Un modèle n’est remplacé qu’avec `force`, autre chose jamais ; un échec ne laisse rien derrière lui."""
+    """Un modèle n’est remplacé qu’avec `force`, autre chose jamais ; un échec ne laisse rien derrière lui."""
     folder, other = tmp_path / "m", tmp_path / "notes"
     random_model(DENSE).save_pretrained(folder)
     other.mkdir()
@@ -252,7 +252,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no_config": (lambda f: (f / "config.json").unlink(), "il n’a pas de config.json"),
     "config_not_json": (lambda f: (f / "config.json").write_text("{", encoding="utf-8"), "n’est pas du JSON"),
     "config_list": (lambda f: (f / "config.json").write_text("[]", encoding="utf-8"), "n’est pas un objet JSON"),
-    "architecture": (edit_config(model_type="gpt2"), "Architecture non prise en charge : gpt2"),
+    "architecture": (edit_config(model_type="gpt2"), "Architecture non prise en charge : gpt2"),
     "no_architecture": (edit_config(model_type=...), "Architecture non prise en charge"),
     "no_width": (edit_config(hidden_size=...), "ne dit pas hidden_size"),
     "bad_width": (edit_config(hidden_size=-1), "d_model doit être un entier"),
@@ -270,7 +270,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "huge_header": (lie_about_header, "tronqué ou altéré"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "tronqué ou altéré"),
     "lost_shard": (lose_a_shard, "Il manque .*model-00002"),
-    "missing": (edit_weights(lambda t: t.pop(NORM)), f"Il manque à .* le tenseur {NORM} :"),
+    "missing": (edit_weights(lambda t: t.pop(NORM)), f"Il manque à .* le tenseur {NORM} :"),
     "many_missing": (edit_config(num_hidden_layers=4), r"model\.layers\.3\.\S+ et 8 autres"),
     "shape": (edit_weights(lambda t: t.update({NORM: torch.ones(5)})), rf"{NORM} est de forme \(5,\).*\(32,\)"),
     "vocabulary": (edit_config(vocab_size=65), r"embed_tokens.weight est de forme \(64, 32\).*\(65, 32\)"),
@@ -282,7 +282,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("damage", "message"), BAD_FOLDERS.values(), ids=BAD_FOLDERS.keys())
 def test_bad_folder(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
-    """Une ligne qui dit la cause ; rien n’a changé dans le dossier."""
+    """Une ligne qui dit la cause ; rien n’a changé dans le dossier."""
     folder = tmp_path / "m"
     random_model(DENSE).save_pretrained(folder)
     damage(folder)
@@ -357,7 +357,7 @@ def test_files_that_are_not_models(name: str, message: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("error", "message"), [
-    (errors.GatedRepoError("403", response=Mock()), "est protégé : acceptez ses conditions sur https://hugg"),
+    (errors.GatedRepoError("403", response=Mock()), "est protégé : acceptez ses conditions sur https://hugg"),
     (errors.RepositoryNotFoundError("404", response=Mock()), "n’existe pas ou vous est fermé"),
     (errors.RevisionNotFoundError("404", response=Mock()), "n’existe pas ou vous est fermé"),
     (errors.LocalEntryNotFoundError("absent"), "le Hub est injoignable"),
@@ -372,7 +372,7 @@ def test_hub_errors(error: Exception, message: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Un nom du Hub : seuls les fichiers utiles sont demandés, à la révision voulue ; jamais de pickle."""
+    """Un nom du Hub : seuls les fichiers utiles sont demandés, à la révision voulue ; jamais de pickle."""
     model = random_model(DENSE)
     model.save_pretrained(tmp_path / "m")
     download = Mock(return_value=str(tmp_path / "m"))
@@ -427,7 +427,7 @@ def write_gguf(path: Path, model: LlamaModel) -> None:
 
 
 def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Un fichier GGUF, puis le même sous un nom de `sources` ; la deuxième fois, transformers ne sert plus."""
+    """Un fichier GGUF, puis le même sous un nom de `sources` ; la deuxième fois, transformers ne sert plus."""
     model = random_model(replace(DENSE, vocab_size=258))
     (tmp_path / "source").mkdir()
     path = tmp_path / "source" / "modele.gguf"
@@ -452,19 +452,19 @@ def test_bad_gguf(tmp_path: Path) -> None:
 
 def test_source_that_is_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "fetch", lambda name, **options: tmp_path)
-    with pytest.raises(LlamaError, match="« contributions » n’est pas un modèle"):
+    with pytest.raises(LlamaError, match="« contributions » n’est pas un modèle"):
         LlamaModel.from_pretrained("contributions")
 
 
 @pytest.mark.reseau
 def test_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Le vrai SmolLM2 : les logits de transformers, et moins de deux secondes une fois converti."""
+    """Le vrai SmolLM2 : les logits de transformers, et moins de deux secondes une fois converti."""
     monkeypatch.delenv("LLAMA_CACHE")
     folder = pretrained.find("smollm2")
     started = time.perf_counter()
     model = LlamaModel.from_pretrained("smollm2")
     assert time.perf_counter() - started < 2
     tokenizer = pretrained.load_tokenizer("smollm2")
-    ids = torch.tensor([tokenizer.encode_chat([{"role": "user", "content": "Qui es-tu ?"}])[0]])
+    ids = torch.tensor([tokenizer.encode_chat([{"role": "user", "content": "Qui es-tu ?"}])[0]])
     expected = logits(AutoModelForCausalLM.from_pretrained(folder), ids)
     assert (logits(model, ids) - expected).abs().max() < 1e-4

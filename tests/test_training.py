@@ -181,6 +181,8 @@ def test_empty_data_divergence_and_missing_validation_are_named():
     data = examples()
     with pytest.raises(LlamaError, match="Rien à apprendre"):
         train(model(), Examples(*(t[:0] for t in data)), TrainingConfig(steps=1), progress=False)
+    with pytest.raises(LlamaError, match="n’est pas au vocabulaire du modèle"):
+        train(model(CONFIG.replace(vocab_size=20)), data, TrainingConfig(steps=1), progress=False)
     with pytest.raises(LlamaError, match="n’est plus un nombre au pas 1"):
         train(model(), data, TrainingConfig(steps=1), loss=lambda n, b: next_token_loss(n, b) * float("nan"),
               progress=False)

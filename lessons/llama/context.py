@@ -1,7 +1,7 @@
-"""Ce que les couches d’un même passage partagent : positions, masques d’attention, et cache de clés et de valeurs.
+"""Ce que les couches d’un même passage partagent : positions, masques d’attention, et cache de clés et de valeurs.
 
 Un bloc peut contenir plusieurs documents, et du remplissage. Le masque donne à chaque jeton le numéro de son
-document (0 pour le remplissage) ; tout le reste s’en déduit, une fois par passage et non une fois par couche.
+document (0 pour le remplissage) ; tout le reste s’en déduit, une fois par passage et non une fois par couche.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class KVCache:
         self.length = 0
 
     def extend(self, mask: Tensor | None, n_tokens: int) -> Tensor | None:
-        """Numéros de document des jetons lus et de ceux qui arrivent, `(B, S)` ; None s’il n’y a qu’un document.
+        """Numéros de document des jetons lus et de ceux qui arrivent, `(B, S)` ; None s’il n’y a qu’un document.
 
         Raises:
             LlamaError: le cache est trop court.
         """
         end, capacity = self.length + n_tokens, self.keys.shape[3]
         if end > capacity:
-            raise LlamaError(f"Cache plein : {end} jetons pour {capacity} places ; augmentez max_length.")
+            raise LlamaError(f"Cache plein : {end} jetons pour {capacity} places ; augmentez max_length.")
         if self.documents is None:
             if mask is None:
                 return None
@@ -58,7 +58,7 @@ class KVCache:
         return self.documents[:, :end]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Range les clés et valeurs `(B, G, T, d_k)` d’une couche ; rend toutes les siennes, `(B, G, S, d_k)`."""
+        """Range les clés et valeurs `(B, G, T, d_k)` d’une couche ; rend toutes les siennes, `(B, G, S, d_k)`."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
@@ -72,7 +72,7 @@ class Context:
     Attributes:
         rotation: rotations de RoPE, `(B ou 1, T, 1, d_k/2)`.
         temperature: facteur des requêtes des couches sans RoPE, `(B ou 1, T, 1, 1)`, ou None.
-        bias: 0 où une requête voit une clé, −∞ ailleurs, `(B ou 1, 1, T, S)` ; None pour un seul document.
+        bias: 0 où une requête voit une clé, −∞ ailleurs, `(B ou 1, 1, T, S)` ; None pour un seul document.
         chunk_bias: le même, coupé en tranches, pour les couches à RoPE.
         cache: clés et valeurs passées, ou None.
     """
@@ -88,7 +88,7 @@ class Context:
         cls, config: Config, rope: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor | None,
         cache: KVCache | None, dtype: torch.dtype,
     ) -> Context:
-        """Prépare un passage ; voir `LlamaModel.forward` pour `ids`, `mask` et `cache`."""
+        """Prépare un passage ; voir `LlamaModel.forward` pour `ids`, `mask` et `cache`."""
         past, T = 0, ids.shape[1]
         if cache is not None:
             past, mask = cache.length, cache.extend(mask, T)
@@ -97,7 +97,7 @@ class Context:
         seen = (order <= order[past:, None])[None]  # (1, T, S)
         if mask is not None:
             seen = seen & (mask[:, past:, None] == mask[:, None])  # (B, T, S)
-        # Un seul document, lu d’un coup ou jeton par jeton : l’attention n’a pas besoin de masque.
+        # Un seul document, lu d’un coup ou jeton par jeton : l’attention n’a pas besoin de masque.
         bias = None if mask is None and (past == 0 or T == 1) else _bias(seen, dtype)
         chunk_bias, chunk = bias, config.attention_chunk_size
         if chunk is not None and past + T > chunk:
@@ -111,7 +111,7 @@ class Context:
 
 
 def document_positions(mask: Tensor) -> Tensor:
-    """Rang de chaque jeton dans son document, `(B, T)` : `[[0, 0, 1, 1, 1, 2]]` donne `[[0, 1, 0, 1, 2, 0]]`."""
+    """Rang de chaque jeton dans son document, `(B, T)` : `[[0, 0, 1, 1, 1, 2]]` donne `[[0, 1, 0, 1, 2, 0]]`."""
     order = torch.arange(mask.shape[1], device=mask.device)
     first = torch.ones_like(mask, dtype=torch.bool)
     first[:, 1:] = mask[:, 1:] != mask[:, :-1]

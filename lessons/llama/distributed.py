@@ -134,7 +134,7 @@ def on_first(action: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Un processus qui s’arrête coupe la parole aux autres : leur erreur ne dit que cela.
+    """Un processus qui s’arrête coupe la parole aux autres : leur erreur ne dit que cela.
 
     Raises:
         LlamaError: un autre processus s’est arrêté.

@@ -146,7 +146,7 @@ def stream(
         if token == eos_id:
             break
         tokens.append(token)
-        text = tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
         found = [position for position in (text.find(s) for s in stop) if position >= 0]
         safe = min(found) if found else len(text.rstrip(REPLACEMENT)) - _held_back(text, stop)
         if safe > sent:
@@ -154,7 +154,7 @@ def stream(
             sent = safe
         if found:
             return
-    text = tokenizer.decode(tokens)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
     if text[sent:]:
         yield text[sent:]
 
@@ -205,15 +205,15 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _stop_position(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> int | None:
     """Nombre de jetons à garder si un texte d’arrêt vient d’apparaître, sinon None."""
-    text = tokenizer.decode(tokens)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
     if not any(s in text for s in stop):
         return None
     kept = len(tokens)
-    while kept and any(s in tokenizer.decode(tokens[:kept]) for s in stop):
+    while kept and any(s in tokenizer.decode(tokens[:kept], skip_special_tokens=True) for s in stop):
         kept -= 1
     # Le texte d’arrêt peut avoir commencé plusieurs jetons plus tôt.
     start = min(position for position in (text.find(s) for s in stop) if position >= 0)
-    while kept and len(tokenizer.decode(tokens[:kept])) > start:
+    while kept and len(tokenizer.decode(tokens[:kept], skip_special_tokens=True)) > start:
         kept -= 1
     return kept
 

@@ -1,7 +1,7 @@
-"""Des équations de `model` réécrites pour aller plus vite, à résultat égal : rien ici n’est une idée de plus.
+"""Des équations de `model` réécrites pour aller plus vite, à résultat égal : rien ici n’est une idée de plus.
 
 Sur un processeur, un entraînement passe les trois quarts de son temps dans les produits de matrices, qui y sont à
-leur vitesse maximale ; ce module réduit le reste. Les essais comparent chaque fonction, et son gradient, à
+leur vitesse maximale ; ce module réduit le reste. Les essais comparent chaque fonction, et son gradient, à
 l’équation qu’elle remplace.
 """
 
@@ -22,13 +22,13 @@ ROW_TILE = 32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Le type dans lequel une couche linéaire calculera : celui d’autocast s’il est actif, sinon celui de `x`."""
+    """Le type dans lequel une couche linéaire calculera : celui d’autocast s’il est actif, sinon celui de `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w ⊙ n, où n = r x et r = (moyenne(x²) + ε)^(−½) ; donc dx = r (w ⊙ dy − n moyenne(n ⊙ w ⊙ dy))."""
+    """y = w ⊙ n, où n = r x et r = (moyenne(x²) + ε)^(−½) ; donc dx = r (w ⊙ dy − n moyenne(n ⊙ w ⊙ dy))."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -59,7 +59,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         q: `(B, H, T, d_k)`.
-        k: `(B, G, S, d_k)` ; chaque tête de clés sert H/G têtes de requêtes.
+        k: `(B, G, S, d_k)` ; chaque tête de clés sert H/G têtes de requêtes.
         v: comme `k`.
         bias: `(B ou 1, 1, T, S)`, 0 où une requête voit une clé et −∞ ailleurs.
 
@@ -81,9 +81,9 @@ def _causal_bias(q: Tensor) -> Tensor:
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """L’équation, écrite : sur CPU, le gradient du noyau de PyTorch est jusqu’à deux fois et demie plus lent.
+    """L’équation, écrite : sur CPU, le gradient du noyau de PyTorch est jusqu’à deux fois et demie plus lent.
 
-    Les requêtes vont par blocs, qui ignorent les clés qui les suivent ; les têtes qui partagent leurs clés sont mises
+    Les requêtes vont par blocs, qui ignorent les clés qui les suivent ; les têtes qui partagent leurs clés sont mises
     bout à bout.
     """
     B, H, T, d_k = q.shape
@@ -105,7 +105,7 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor
 def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, où `function` traite chaque ligne de `x` `(N, d)` à part.
 
-    En bf16, oneDNN compile un noyau par forme de matrice : des N toujours différents, comme les charges des experts,
+    En bf16, oneDNN compile un noyau par forme de matrice : des N toujours différents, comme les charges des experts,
     coûtent plus que le calcul. Des lignes nulles les ramènent à quelques tailles.
     """
     if x.device.type != "cpu" or compute_dtype(x) == torch.float32:
@@ -114,7 +114,7 @@ def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Perte et gradients, un bloc de jetons à la fois : les logits de tous n’existent jamais ensemble."""
+    """Perte et gradients, un bloc de jetons à la fois : les logits de tous n’existent jamais ensemble."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Somme, en nats, des entropies croisées de softmax(x weightᵀ), comme `F.cross_entropy(…, reduction="sum")`.
 
-    Les jetons d’étiquette -100 sont écartés avant le produit : ils ne coûtent rien.
+    Les jetons d’étiquette -100 sont écartés avant le produit : ils ne coûtent rien.
 
     Args:
         x: `(N, d_model)`.

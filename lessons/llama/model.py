@@ -1,6 +1,6 @@
-"""Le modèle : un Llama dense, ou le Llama 4 à mélange d’experts, du jeton aux logits.
+"""Le modèle : un Llama dense, ou le Llama 4 à mélange d’experts, du jeton aux logits.
 
-Chaque classe est une équation d’article ; les formes sont en fin de ligne : B séquences, T jetons, S clés, H têtes de
+Chaque classe est une équation d’article ; les formes sont en fin de ligne : B séquences, T jetons, S clés, H têtes de
 requêtes, G têtes de clés, E experts, V mots. Les noms des couches et des poids sont ceux de transformers. Ce module
 laisse à `kernels` l’écriture rapide des équations, à `pretrained` les fichiers, à `training` l’apprentissage.
 
@@ -39,9 +39,9 @@ class RMSNorm(nn.Module):
 
 
 class RotaryPositionalEmbedding(nn.Module):
-    """RoPE : à la position m, la i-ième paire de coordonnées tourne de l’angle m θ^(−2i/d_k) (Su et al. 2021, §3.2.2).
+    """RoPE : à la position m, la i-ième paire de coordonnées tourne de l’angle m θ^(−2i/d_k) (Su et al. 2021, §3.2.2).
 
-    Une paire est un nombre complexe et la rotation un produit : le produit scalaire d’une requête et d’une clé ne
+    Une paire est un nombre complexe et la rotation un produit : le produit scalaire d’une requête et d’une clé ne
     dépend plus que de la distance qui les sépare.
     """
 
@@ -51,11 +51,11 @@ class RotaryPositionalEmbedding(nn.Module):
         self.style, self.scaling = config.rope_style, config.rope_scaling
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """Les d_k/2 fréquences, en radians par position. Ce n’est pas un tampon : `.to(bfloat16)` l’arrondirait."""
+        """Les d_k/2 fréquences, en radians par position. Ce n’est pas un tampon : `.to(bfloat16)` l’arrondirait."""
         frequencies = self.theta ** -(torch.arange(0, self.d_k, 2, device=device) / self.d_k)
         if self.scaling is None:
             return frequencies
-        # Llama 3.1 (Grattafiori et al. 2024, §3.4.2) : divise les basses fréquences par `factor`, garde les hautes.
+        # Llama 3.1 (Grattafiori et al. 2024, §3.4.2) : divise les basses fréquences par `factor`, garde les hautes.
         low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
         turns = self.scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -71,7 +71,7 @@ class RotaryPositionalEmbedding(nn.Module):
         if self.style == "pairs":  # (x₀, x₁), (x₂, x₃)…
             z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rotation
             return torch.view_as_real(z).flatten(-2).type_as(x)
-        # (x₀, x_{d/2}), (x₁, x_{d/2+1})… : décaler d’une moitié met en face l’autre membre de chaque paire.
+        # (x₀, x_{d/2}), (x₁, x_{d/2+1})… : décaler d’une moitié met en face l’autre membre de chaque paire.
         cos, sin = rotation.real, rotation.imag
         z = x.float()
         turned = z.roll(self.d_k // 2, -1) * torch.cat([-sin, sin], -1)
@@ -79,9 +79,9 @@ class RotaryPositionalEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ/√d_k) v, causale, à têtes groupées (Vaswani et al. 2017, §3.2 ; Ainslie et al. 2023, §2.2).
+    """softmax(q kᵀ/√d_k) v, causale, à têtes groupées (Vaswani et al. 2017, §3.2 ; Ainslie et al. 2023, §2.2).
 
-    De Llama 4, au choix : couches sans RoPE, dont la température croît avec la position ; sur les autres,
+    De Llama 4, au choix : couches sans RoPE, dont la température croît avec la position ; sur les autres,
     attention par tranches, et requêtes et clés normalisées après RoPE.
     """
 
@@ -115,7 +115,7 @@ class Attention(nn.Module):
 
 
 class ExpertMLP(nn.Module):
-    """SwiGLU : W_bas (silu(W_porte x) ⊙ W_haut x) (Shazeer 2020, éq. 6) ; couche dense, expert, ou expert partagé."""
+    """SwiGLU : W_bas (silu(W_porte x) ⊙ W_haut x) (Shazeer 2020, éq. 6) ; couche dense, expert, ou expert partagé."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -129,10 +129,10 @@ class ExpertMLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Mélange d’experts de Llama 4 : partagé(x) + Σ_{e ∈ top-k} expert_e(σ(r_e) x), où r = W_routeur x.
+    """Mélange d’experts de Llama 4 : partagé(x) + Σ_{e ∈ top-k} expert_e(σ(r_e) x), où r = W_routeur x.
 
-    Chaque expert ne calcule que pour les jetons qu’il reçoit : leur nombre ne change pas le coût d’un jeton
-    (Shazeer et al. 2017, §2 ; Fedus et al. 2021, §2).
+    Chaque expert ne calcule que pour les jetons qu’il reçoit : leur nombre ne change pas le coût d’un jeton
+    (Shazeer et al. 2017, §2 ; Fedus et al. 2021, §2).
     """
 
     def __init__(self, config: Config) -> None:
@@ -141,14 +141,14 @@ class MoE(nn.Module):
         self.router = nn.Linear(config.d_model, self.n_experts, bias=False)
         self.experts = nn.ModuleList(ExpertMLP(config.d_model, config.d_ff) for _ in range(self.n_experts))
         self.shared_expert = ExpertMLP(config.d_model, config.d_ff)
-        self.scores = self.chosen = None  # r et les experts choisis au dernier passage : (N, E), (N, k)
+        self.scores = self.chosen = None  # r et les experts choisis au dernier passage : (N, E), (N, k)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, d_model)` → `(B, T, d_model)`."""
         tokens = x.flatten(0, -2)  # (N, d_model)
         self.scores = self.router(tokens)  # (N, E)
         top, self.chosen = self.scores.topk(self.k)  # (N, k)
-        # Les N·k affectations, rangées par expert : celles d’un même expert se suivent.
+        # Les N·k affectations, rangées par expert : celles d’un même expert se suivent.
         order = self.chosen.flatten().argsort(stable=True)
         source = order // self.k  # le jeton de chacune
         gates = top.sigmoid().flatten()[order, None]  # (N·k, 1)
@@ -158,30 +158,33 @@ class MoE(nn.Module):
         return self.shared_expert(tokens).index_add(0, source, torch.cat(outputs)).view_as(x)
 
     def load(self, real: Tensor | None = None) -> Tensor:
-        """Jetons reçus par chaque expert au dernier passage, `(E,)` ; `real` `(N,)` écarte le remplissage."""
+        """Jetons reçus par chaque expert au dernier passage, `(E,)` ; `real` `(N,)` écarte le remplissage."""
         chosen = self.chosen if real is None else self.chosen[real]
         return chosen.flatten().bincount(minlength=self.n_experts)
 
-    def balance_loss(self, real: Tensor | None = None) -> Tensor:
-        """E Σ_e f_e P_e : la perte d’équilibrage de Switch (Fedus et al. 2021, éq. 4), qui vaut 1 à charges égales.
+    def balance_loss(self, real: Tensor) -> Tensor:
+        """E Σ_e f_e P_e, la perte d’équilibrage de Switch (Fedus et al. 2021, éq. 4), qui vaut 1 à charges égales.
 
-        f_e est la part des affectations que reçoit l’expert e. P_e, sa probabilité moyenne, porte le gradient :
-        comme la porte de Llama 4 est une sigmoïde, c’est σ(r_e) divisé par Σ σ(r) (DeepSeek-V3 2024, §2.1.2), et
-        non un softmax.
+        f_e est la part des affectations que reçoit l’expert e. P_e, sa probabilité moyenne, porte le gradient : comme
+        la porte de Llama 4 est une sigmoïde, c’est σ(r_e) divisé par Σ σ(r), et non un softmax. Une par séquence,
+        `(B,)` : elle ne dépend pas du découpage du lot (DeepSeek-V3 2024, §2.1.2). `real` `(B, T)` écarte
+        le remplissage.
         """
-        scores = self.scores if real is None else self.scores[real]
-        gates = scores.float().sigmoid()  # (N, E)
-        probability = (gates / gates.sum(1, keepdim=True)).mean(0)  # (E,)
-        load = self.load(real)
-        return self.n_experts * (load / load.sum() * probability).sum()
+        gates = self.scores.float().sigmoid()  # (N, E)
+        shape = (*real.shape, self.n_experts)
+        chosen = F.one_hot(self.chosen, self.n_experts).sum(1).view(shape)  # (B, T, E)
+        weights = (real / real.sum(1, keepdim=True).clamp(min=1))[..., None]  # (B, T, 1)
+        load = (chosen * weights).sum(1) / self.k  # (B, E)
+        probability = ((gates / gates.sum(1, keepdim=True)).view(shape) * weights).sum(1)  # (B, E)
+        return self.n_experts * (load * probability).sum(1)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Un tenseur du graphe ne se copie pas : sans cela, copier un modèle en cours d’entraînement échouerait.
+        # Un tenseur du graphe ne se copie pas : sans cela, copier un modèle en cours d’entraînement échouerait.
         return {**self.__dict__, "scores": None, "chosen": None}
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), puis x + SwiGLU ou MoE de la norme (Xiong et al. 2020, §3, « pre-LN »)."""
+    """x + attention(norm(x)), puis x + SwiGLU ou MoE de la norme (Xiong et al. 2020, §3, « pre-LN »)."""
 
     def __init__(self, config: Config, layer: int, rope: RotaryPositionalEmbedding) -> None:
         super().__init__()
@@ -197,14 +200,14 @@ class TransformerBlock(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Le modèle entier : plongement, `n_layers` blocs, norme, et la tête, qui partage ou non le plongement.
+    """Le modèle entier : plongement, `n_layers` blocs, norme, et la tête, qui partage ou non le plongement.
 
     Args:
         config: l’architecture.
 
     Attributes:
         gradient_checkpointing: à l’entraînement, recalculer chaque bloc au lieu d’en garder les activations
-            (Chen et al. 2016, §3) : moins de mémoire, un tiers de calcul en plus.
+            (Chen et al. 2016, §3) : moins de mémoire, un tiers de calcul en plus.
     """
 
     def __init__(self, config: Config) -> None:
@@ -222,10 +225,10 @@ class LlamaModel(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Écart type 1/√(entrées) : chaque produit garde l’échelle de ce qu’il lit, quelle que soit la largeur.
+        """Écart type 1/√(entrées) : chaque produit garde l’échelle de ce qu’il lit, quelle que soit la largeur.
 
         Les logits naissent donc de variance 1, et la perte vaut ln V + ½. Le 0,02 des grands modèles est cette règle
-        vers d_model = 2 500 ; à d_model = 128, il fait apprendre plus lentement. Ce qui s’ajoute au flux résiduel est
+        vers d_model = 2 500 ; à d_model = 128, il fait apprendre plus lentement. Ce qui s’ajoute au flux résiduel est
         réduit de √(2 n_layers) (Radford et al. 2019, §2.3).
         """
         for name, parameter in self.named_parameters():
@@ -239,9 +242,9 @@ class LlamaModel(nn.Module):
 
         Args:
             ids: `(B, T)` int64.
-            mask: `(B, T)` int64 : 0 pour le remplissage, k > 0 pour le k-ième document du bloc. Un jeton ne voit que
-                ceux qui le précèdent dans son document, où les positions se comptent. None : un seul document.
-            cache: les jetons passés ; `ids` les suit, et s’y ajoute.
+            mask: `(B, T)` int64 : 0 pour le remplissage, k > 0 pour le k-ième document du bloc. Un jeton ne voit que
+                ceux qui le précèdent dans son document, où les positions se comptent. None : un seul document.
+            cache: les jetons passés ; `ids` les suit, et s’y ajoute.
 
         Returns:
             `(B, T, V)`.
@@ -257,8 +260,8 @@ class LlamaModel(nn.Module):
         return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def hidden_states(self, ids: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Ce que lit la tête : `(B, T)` → `(B, T, d_model)` ; voir `forward`."""
-        self._real = None if mask is None else mask.flatten() > 0
+        """Ce que lit la tête : `(B, T)` → `(B, T, d_model)` ; voir `forward`."""
+        self._real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
         x = self.embed_tokens(ids)  # (B, T, d_model)
         context = Context.build(self.config, self.rope, ids, mask, cache, kernels.compute_dtype(x))
         for layer in self.layers:
@@ -271,15 +274,16 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
     def auxiliary_loss(self) -> Tensor | float:
-        """`router_aux_loss_coef` fois la somme des pertes d’équilibrage du dernier passage ; 0 si le modèle est dense.
+        """`router_aux_loss_coef` fois la somme des pertes d’équilibrage du dernier passage ; 0 si le modèle est dense.
 
-        À ajouter à la perte moyenne par jeton. L’inférence n’en dépend pas : les poids restent ceux d’un Llama 4.
+        Une par séquence, `(B,)`, à ajouter à sa perte moyenne par jeton. L’inférence n’en dépend pas : les poids
+        restent ceux d’un Llama 4.
         """
         return self.config.router_aux_loss_coef * sum(moe.balance_loss(self._real) for moe in self._moes())
 
     def expert_load(self) -> Tensor:
         """Jetons reçus par chaque expert au dernier passage, `(couches MoE, E)` int64, hors remplissage."""
-        loads = [moe.load(self._real) for moe in self._moes()]
+        loads = [moe.load(self._real.flatten()) for moe in self._moes()]
         return torch.stack(loads) if loads else torch.empty(0, 0, dtype=torch.int64)
 
     def _moes(self) -> list[MoE]:
@@ -287,13 +291,13 @@ class LlamaModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> LlamaModel:
-        """Charge un modèle publié : dossier, fichier GGUF, nom de `sources` ou du Hub ; voir `pretrained.load`."""
+        """Charge un modèle publié : dossier, fichier GGUF, nom de `sources` ou du Hub ; voir `pretrained.load`."""
         from . import pretrained
 
         return pretrained.load(source, **options)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Écrit un dossier que transformers sait charger ; voir `pretrained.save`."""
+        """Écrit un dossier que transformers sait charger ; voir `pretrained.save`."""
         from . import pretrained
 
         pretrained.save(self, folder, **options)

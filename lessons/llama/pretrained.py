@@ -1,7 +1,7 @@
-"""Charger et enregistrer des poids : dossiers de transformers, fichiers GGUF, noms de `sources`, noms du Hub.
+"""Charger et enregistrer des poids : dossiers de transformers, fichiers GGUF, noms de `sources`, noms du Hub.
 
 Tout se ramène à un dossier de transformers (`find`), que `load` lit et que `save` écrit. Un GGUF, dont les poids sont
-quantifiés, y est converti une fois, dans le cache. Les poids ne viennent que de safetensors : un fichier pickle
+quantifiés, y est converti une fois, dans le cache. Les poids ne viennent que de safetensors : un fichier pickle
 (`.bin`, `.pth`) peut exécuter n’importe quel code en s’ouvrant.
 """
 
@@ -31,7 +31,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 HUB_IGNORED = ["original/*", "consolidated*"]  # les mêmes poids, sous d’autres noms
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 PICKLE_REFUSED = (
-    "un fichier pickle peut exécuter n’importe quel code en s’ouvrant, il n’est jamais lu ; convertissez-le en "
+    "un fichier pickle peut exécuter n’importe quel code en s’ouvrant, il n’est jamais lu ; convertissez-le en "
     "safetensors, ou prenez une version du modèle qui en a."
 )
 
@@ -40,31 +40,31 @@ def find(source: str | Path) -> Path:
     """Le dossier de transformers que désigne `source`.
 
     Args:
-        source: un dossier ; un fichier GGUF, converti une fois dans le cache ; un nom de `sources` (`"smollm2"`) ;
+        source: un dossier ; un fichier GGUF, converti une fois dans le cache ; un nom de `sources` (`"smollm2"`) ;
             un nom du Hub (`"meta-llama/Llama-2-7b-hf"`, `"nom@révision"`).
 
     Raises:
-        LlamaError: rien de tel, réseau absent, modèle protégé ; le message dit comment en sortir.
+        LlamaError: rien de tel, réseau absent, modèle protégé ; le message dit comment en sortir.
     """
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         return path
     if path.is_file():
         if path.suffix in PICKLES:
-            raise LlamaError(f"« {path} » est refusé : {PICKLE_REFUSED}")
+            raise LlamaError(f"« {path} » est refusé : {PICKLE_REFUSED}")
         if path.suffix != ".gguf":
-            raise LlamaError(f"« {path} » n’est pas un modèle : donnez son dossier, ou un fichier .gguf.")
+            raise LlamaError(f"« {path} » n’est pas un modèle : donnez son dossier, ou un fichier .gguf.")
         return _converted(path)
     if name in sources.CATALOGUE:
         files = sorted(sources.fetch(name).rglob("*.gguf"))
         if not files:
-            raise LlamaError(f"La source « {name} » n’est pas un modèle : {sources.CATALOGUE[name].description}.")
+            raise LlamaError(f"La source « {name} » n’est pas un modèle : {sources.CATALOGUE[name].description}.")
         return _converted(files[0])
     if HUB_ID.fullmatch(name) and not name.startswith("."):
         return _downloaded(name)
     raise LlamaError(
-        f"Modèle introuvable : « {name} » n’est ni un dossier, ni un fichier GGUF, ni une source "
-        "(« llama fetch --list » les donne), ni un nom du Hub (« auteur/modèle »)."
+        f"Modèle introuvable : « {name} » n’est ni un dossier, ni un fichier GGUF, ni une source "
+        "(« llama fetch --list » les donne), ni un nom du Hub (« auteur/modèle »)."
     )
 
 
@@ -98,7 +98,7 @@ def load(
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Le tokenizer qui voyage avec un modèle : le nôtre, ou celui de transformers sous la même interface.
+    """Le tokenizer qui voyage avec un modèle : le nôtre, ou celui de transformers sous la même interface.
 
     Args:
         source: voir `find`.
@@ -108,7 +108,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     folder = find(source)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise LlamaError(f"« {folder} » n’a pas de tokenizer : copiez-y le tokenizer.json du modèle.")
+        raise LlamaError(f"« {folder} » n’a pas de tokenizer : copiez-y le tokenizer.json du modèle.")
     try:
         tokenizer = Tokenizer.load(folder)
     except LlamaError:  # une sorte que nous ne savons pas rendre à l’identique
@@ -120,20 +120,20 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         return TransformersTokenizer(AutoTokenizer.from_pretrained(folder))
     except Exception as error:  # chaque sorte de fichier abîmé a la sienne
-        raise LlamaError(f"Le tokenizer de « {folder} » est illisible ({_first_line(error)}).") from error
+        raise LlamaError(f"Le tokenizer de « {folder} » est illisible ({_first_line(error)}).") from error
 
 
 def save(
     model: LlamaModel, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None,
     force: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Écrit un dossier que `AutoModelForCausalLM` charge, avec les mêmes logits ; tout, ou rien.
+    """Écrit un dossier que `AutoModelForCausalLM` charge, avec les mêmes logits ; tout, ou rien.
 
     Args:
         model: le modèle, sans adaptateur.
         folder: le dossier à créer.
         tokenizer: à enregistrer avec lui, s’il est donné.
-        dtype: type des poids écrits ; par défaut celui du modèle.
+        dtype: type des poids écrits ; par défaut celui du modèle.
         force: remplacer le modèle qui s’y trouve.
         max_shard_bytes: au-delà, les poids sont répartis en plusieurs fichiers.
 
@@ -144,7 +144,7 @@ def save(
     with torch.device("meta"):
         bare = LlamaModel(config).state_dict()
     if weights.keys() != bare.keys():
-        raise LlamaError("Ce modèle porte un adaptateur : repliez-le (lora.fold), puis ôtez-le (lora.remove_lora).")
+        raise LlamaError("Ce modèle porte un adaptateur : repliez-le (lora.fold), puis ôtez-le (lora.remove_lora).")
     dtype = dtype or next(iter(weights.values())).dtype
     settings = from_config(config, dtype)
     if tokenizer is not None:
@@ -169,14 +169,14 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
-        raise LlamaError(f"« {folder} » n’est pas un dossier de modèle : il n’a pas de config.json.")
+        raise LlamaError(f"« {folder} » n’est pas un dossier de modèle : il n’a pas de config.json.")
     if not any(folder.glob("*.safetensors*")):
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickles:
-            raise LlamaError(f"« {folder} » n’a de poids qu’en pickle ({pickles[0]}) : {PICKLE_REFUSED}")
+            raise LlamaError(f"« {folder} » n’a de poids qu’en pickle ({pickles[0]}) : {PICKLE_REFUSED}")
     settings = read_json(folder / "config.json")
     if not isinstance(settings, dict):
-        raise LlamaError(f"« {folder / 'config.json'} » n’est pas un objet JSON : retrouvez l’original.")
+        raise LlamaError(f"« {folder / 'config.json'} » n’est pas un objet JSON : retrouvez l’original.")
     return settings
 
 
@@ -188,15 +188,15 @@ def _check(
     missing = [name for name in expected if name not in found]
     if missing:
         others = f" et {len(missing) - 1} autres" if missing[1:] else ""
-        raise LlamaError(f"Il manque à « {folder} » le tenseur {missing[0]}{others} : {advice}")
+        raise LlamaError(f"Il manque à « {folder} » le tenseur {missing[0]}{others} : {advice}")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise LlamaError(
-                f"« {folder} » : {name} est de forme {found[name].shape}, et config.json veut {tensor.shape} : {advice}"
+                f"« {folder} » : {name} est de forme {found[name].shape}, et config.json veut {tensor.shape} : {advice}"
             )
     unknown = [name for name in found if name not in expected and name != superfluous and not IGNORED.match(name)]
     if unknown:
-        raise LlamaError(f"« {folder} » a un tenseur que config.json n’annonce pas, {unknown[0]} : {advice}")
+        raise LlamaError(f"« {folder} » a un tenseur que config.json n’annonce pas, {unknown[0]} : {advice}")
 
 
 def _downloaded(name: str) -> Path:
@@ -209,18 +209,18 @@ def _downloaded(name: str) -> Path:
             repository, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
         ))
     except errors.GatedRepoError as error:
-        way_out = f"est protégé : acceptez ses conditions sur {page}, puis identifiez-vous par « hf auth login »."
-        raise LlamaError(f"« {name} » {way_out}") from error
+        way_out = f"est protégé : acceptez ses conditions sur {page}, puis identifiez-vous par « hf auth login »."
+        raise LlamaError(f"« {name} » {way_out}") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        way_out = f"n’est pas un dossier d’ici, et {page} n’existe pas ou vous est fermé : vérifiez le nom."
-        raise LlamaError(f"« {name} » {way_out}") from error
-    except Exception as error:  # réseau : huggingface_hub et son client ont chacun leurs exceptions
-        way_out = "n’est pas un dossier d’ici, et le Hub est injoignable : vérifiez le réseau, ou donnez un dossier."
-        raise LlamaError(f"« {name} » {way_out}") from error
+        way_out = f"n’est pas un dossier d’ici, et {page} n’existe pas ou vous est fermé : vérifiez le nom."
+        raise LlamaError(f"« {name} » {way_out}") from error
+    except Exception as error:  # réseau : huggingface_hub et son client ont chacun leurs exceptions
+        way_out = "n’est pas un dossier d’ici, et le Hub est injoignable : vérifiez le réseau, ou donnez un dossier."
+        raise LlamaError(f"« {name} » {way_out}") from error
 
 
 def _converted(gguf: Path) -> Path:
-    """Le dossier de transformers d’un GGUF, poids déquantifiés en float32 : dans le cache, ou converti maintenant."""
+    """Le dossier de transformers d’un GGUF, poids déquantifiés en float32 : dans le cache, ou converti maintenant."""
     status = gguf.stat()
     version = f"{gguf.resolve()} {status.st_size} {status.st_mtime_ns}"
     name = f"{gguf.stem}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
@@ -230,7 +230,7 @@ def _converted(gguf: Path) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             cause = f"On ne peut pas écrire dans {folder.parent} ({error.strerror})"
-            raise LlamaError(f"{cause} : choisissez un autre dossier par la variable LLAMA_CACHE.") from error
+            raise LlamaError(f"{cause} : choisissez un autre dossier par la variable LLAMA_CACHE.") from error
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():  # un autre processus a pu le convertir pendant l’attente
                 _convert(gguf, folder)
@@ -262,7 +262,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise
     except Exception as error:  # transformers et gguf n’ont pas d’exception commune pour un fichier abîmé
         raise LlamaError(
-            f"« {gguf} » n’est pas un GGUF que transformers sait convertir ({_first_line(error)})."
+            f"« {gguf} » n’est pas un GGUF que transformers sait convertir ({_first_line(error)})."
         ) from error
     finally:
         logging.enable_progress_bar()

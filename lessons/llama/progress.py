@@ -1,4 +1,4 @@
-"""La barre de progression du cours : celle de tqdm, qui se tait quand TQDM_DISABLE le demande, carnets compris."""
+"""La barre de progression du cours : celle de tqdm, qui se tait quand TQDM_DISABLE le demande, carnets compris."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> tqdm:
     """Une barre de tqdm sur `iterable`, ou à faire avancer à la main.
 
-    Dans un carnet, tqdm ne lit pas TQDM_DISABLE : c’est donc ici qu’on le lit, pour que les sorties enregistrées
+    Dans un carnet, tqdm ne lit pas TQDM_DISABLE : c’est donc ici qu’on le lit, pour que les sorties enregistrées
     ne contiennent pas de barres.
 
     Args:
-        iterable: ce qu’on parcourt ; None pour une barre avancée par `update`.
+        iterable: ce qu’on parcourt ; None pour une barre avancée par `update`.
         shown: faux pour une barre muette.
         **options: celles de tqdm.
     """

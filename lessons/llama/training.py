@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, distributed, kernels
 from .config import LlamaError, TrainingConfig
-from .data import Examples
+from .data import Examples, check_vocabulary
 from .history import History
 from .progress import progress_bar
 
@@ -39,7 +39,7 @@ def next_token_loss(model: nn.Module, batch: Examples) -> Tensor:
     if type(getattr(model, "lm_head", None)) in (nn.Linear, type(None)) and hasattr(model, "hidden_states"):
         hidden = model.hidden_states(batch.ids, mask=mask)  # (B, T, d_model)
         return kernels.linear_cross_entropy(hidden.flatten(0, 1), model.head, batch.labels.flatten())
-    logits = model(batch.ids, mask=mask)  # (B, T, V) ; une tête adaptée (LoRA) n’est pas qu’une matrice
+    logits = model(batch.ids, mask=mask)  # (B, T, V) ; une tête adaptée (LoRA) n’est pas qu’une matrice
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum")
 
 
@@ -116,11 +116,13 @@ def train(
         L’historique complet, pas d’avant une reprise compris. Après un arrêt anticipé, le modèle a ses meilleurs poids.
 
     Raises:
-        LlamaError: données vides, `out` tient une autre exécution, point de reprise abîmé, disque plein.
+        LlamaError: données vides ou hors du vocabulaire, `out` tient une autre exécution, point abîmé, disque plein.
         KeyboardInterrupt: après avoir écrit un point de reprise, si `out` est donné.
     """
     if len(data.ids) == 0:
         raise LlamaError("Rien à apprendre : le corpus ne donne aucun exemple ; vérifiez-le, ou réduisez block_size.")
+    if hasattr(getattr(model, "config", None), "vocab_size"):
+        check_vocabulary(data, model.config)
     if config.patience and val is None:
         raise LlamaError("L’arrêt anticipé (patience) demande des exemples d’évaluation (val).")
     distributed.align(model, config.seed)

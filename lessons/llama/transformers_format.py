@@ -1,7 +1,7 @@
-"""Le format de transformers : son `config.json` et ses noms de tenseurs, et leur passage aux nôtres.
+"""Le format de transformers : son `config.json` et ses noms de tenseurs, et leur passage aux nôtres.
 
-Deux architectures : `llama` (dense) et `llama4_text`. Aucun poids n’est permuté : nos couches portent les mêmes noms et
-lisent les mêmes matrices. Seuls diffèrent « mlp », que Llama 4 et nous appelons « feed_forward », et les experts, que
+Deux architectures : `llama` (dense) et `llama4_text`. Aucun poids n’est permuté : nos couches portent les mêmes noms et
+lisent les mêmes matrices. Seuls diffèrent « mlp », que Llama 4 et nous appelons « feed_forward », et les experts, que
 Llama 4 empile en deux tenseurs transposés. Ce module ne lit ni n’écrit aucun fichier.
 """
 
@@ -45,7 +45,7 @@ EXPERT = re.compile(r"(.*experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 
 
 def is_llama4(config: Config) -> bool:
-    """Ce modèle s’enregistre-t-il comme un Llama 4 ? Sinon, comme un Llama."""
+    """Ce modèle s’enregistre-t-il comme un Llama 4 ? Sinon, comme un Llama."""
     return config.rope_style == "pairs"
 
 
@@ -53,36 +53,36 @@ def to_config(settings: Mapping[str, Any]) -> Config:
     """Le contenu d’un `config.json` → notre `Config`.
 
     Raises:
-        LlamaError: architecture ou réglage que nous ne savons pas rendre à l’identique ; le message le nomme.
+        LlamaError: architecture ou réglage que nous ne savons pas rendre à l’identique ; le message le nomme.
     """
     kind = settings.get("model_type")
     if kind not in ("llama", "llama4_text"):
-        raise LlamaError(f"Architecture non prise en charge : {kind} ; nous lisons llama et llama4_text.")
+        raise LlamaError(f"Architecture non prise en charge : {kind} ; nous lisons llama et llama4_text.")
     llama4 = kind == "llama4_text"
     settings = (LLAMA4_DEFAULTS if llama4 else {}) | {k: v for k, v in settings.items() if v is not None}
     settings = DEFAULTS | settings
     missing = [key for key in REQUIRED if key not in settings]
     if missing:
-        raise LlamaError(f"config.json ne dit pas {', '.join(missing)} : téléchargez-le à nouveau.")
+        raise LlamaError(f"config.json ne dit pas {', '.join(missing)} : téléchargez-le à nouveau.")
     for key, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if settings.get(key, value) != value:
-            raise LlamaError(f"Réglage non pris en charge : {key} = {settings[key]} (nous calculons avec {value}).")
+            raise LlamaError(f"Réglage non pris en charge : {key} = {settings[key]} (nous calculons avec {value}).")
     if "quantization_config" in settings:
-        raise LlamaError("Modèle quantifié : déquantifiez-le, ou prenez sa version en bf16 ou en float32.")
+        raise LlamaError("Modèle quantifié : déquantifiez-le, ou prenez sa version en bf16 ou en float32.")
     values = {ours: settings[theirs] for ours, theirs in COMMON.items() if theirs in settings}
     values |= _rope(settings, theta=500_000.0 if llama4 else 10_000.0)
     return Config(**values | (_llama4(settings) if llama4 else {"rope_style": "halves"}))
 
 
 def _rope(settings: Mapping[str, Any], theta: float) -> dict[str, Any]:
-    # transformers 5 range tout dans rope_parameters ; avant, la base était à part.
+    # transformers 5 range tout dans rope_parameters ; avant, la base était à part.
     rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or settings.get("rope_theta", theta)
     kind = rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
     if kind == "default":
         return {"rope_theta": float(theta)}
     if kind != "llama3" or not ROPE_SCALING <= rope.keys():
-        raise LlamaError(f"Étirement de RoPE non pris en charge : {kind} ; nous calculons celui de Llama 3 (llama3).")
+        raise LlamaError(f"Étirement de RoPE non pris en charge : {kind} ; nous calculons celui de Llama 3 (llama3).")
     return {"rope_theta": float(theta), "rope_scaling": {key: rope[key] for key in sorted(ROPE_SCALING)}}
 
 
@@ -95,7 +95,7 @@ def _llama4(settings: Mapping[str, Any]) -> dict[str, Any]:
     types = settings.get("layer_types") or [CHUNKED if rope else FULL for rope in rope_layers]
     chunked = CHUNKED in types
     if chunked and any((kind == CHUNKED) != bool(rope) for kind, rope in zip(types, rope_layers, strict=True)):
-        raise LlamaError("layer_types : nous ne faisons l’attention par tranches que sur toutes les couches à RoPE.")
+        raise LlamaError("layer_types : nous ne faisons l’attention par tranches que sur toutes les couches à RoPE.")
     return values | {
         "rope_style": "pairs",
         "moe_layers": tuple(moe_layers) or None,
@@ -110,14 +110,14 @@ def from_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Notre `Config` → le contenu d’un `config.json`.
 
     Raises:
-        LlamaError: un Llama de transformers (rope_style « halves ») n’a ni experts ni aucune option de Llama 4.
+        LlamaError: un Llama de transformers (rope_style « halves ») n’a ni experts ni aucune option de Llama 4.
     """
     llama4 = is_llama4(config)
     options = {"num_local_experts", "qk_norm", "nope_layers", "attention_chunk_size", "attn_temperature_tuning"}
     chosen = sorted(name for name in options if getattr(config, name))
     if chosen and not llama4:
         raise LlamaError(
-            f"transformers n’a {', '.join(chosen)} que dans Llama 4, dont RoPE tourne des paires voisines : "
+            f"transformers n’a {', '.join(chosen)} que dans Llama 4, dont RoPE tourne des paires voisines : "
             "construisez le modèle avec rope_style=\"pairs\" pour pouvoir l’enregistrer."
         )
     names = COMMON | (LLAMA4 if llama4 else {})
@@ -147,7 +147,7 @@ def from_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def published_name(name: str, config: Config) -> str:
-    """Le nom d’une couche ou d’un poids dans transformers ; celui d’un poids d’expert est un nom de tenseur empilé."""
+    """Le nom d’une couche ou d’un poids dans transformers ; celui d’un poids d’expert est un nom de tenseur empilé."""
     expert = EXPERT.match(name)
     if expert:
         name = f"{expert[1]}.{'down_proj' if expert[3] == 'down' else 'gate_up_proj'}"
@@ -157,7 +157,7 @@ def published_name(name: str, config: Config) -> str:
 
 
 class Published(NamedTuple):
-    """Un tenseur de transformers : sa forme, et nos poids, un seul ou ceux de chaque expert empilés."""
+    """Un tenseur de transformers : sa forme, et nos poids, un seul ou ceux de chaque expert empilés."""
 
     shape: tuple[int, ...]
     parts: list[list[str]]
