@@ -76,6 +76,7 @@ exercise_style = "solution_follow_exercise"  # le titre n’est que « Solution
 copybutton_exclude = ".linenos, .gp, .go"
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}
 python_use_unqualified_type_names = True
