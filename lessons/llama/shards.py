@@ -99,7 +99,7 @@ class Shards:
             if unread is not None:
                 raise LlamaError(
                     f"{path} : « {unread} » est de type {entries[unread]['dtype']} ; seuls les poids "
-                    "flottants se fusionnent, déquantifiez d’abord le modèle."
+                    "flottants se lisent ici, déquantifiez d’abord le modèle."
                 )
             for name, entry in entries.items():
                 start, end = entry["data_offsets"]
