@@ -490,7 +490,7 @@ def test_without_the_hub_labour_law_replaces_it(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("name", "options", "error"), [
-    ("nulle-part", {}, "« nulle-part » introuvable : ce n’est ni un fichier, ni une source (atelier,"),
+    ("nulle-part", {}, "« nulle-part » introuvable : ce n’est ni un fichier, ni une source (cours, atelier,"),
     ("dossier/absent.csv", {}, "« dossier/absent.csv » introuvable"),
     ("atelier", {"val_fraction": 0}, "val_fraction est entre 0 et 1"),
     ("legi-data", {"questions": True}, "n’a pas de questions"),

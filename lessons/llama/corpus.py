@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import sources
+from . import holdout, sources
 from .config import LlamaError
 from .readers import Pair, Reading, has_pairs, read_pairs, read_texts, table_pairs
+from .sheets import Question
 
 ALPACA = "AIffl/Alpaca_french_mixtral"
 """48 400 instructions en français, aux colonnes instruction, input et output (Apache-2.0)."""
+COURSE = "cours"
+"""Tout ce que les modèles du cours apprennent, sans les fiches ni les questions réservées (`holdout`)."""
 
 
 def corpus(
@@ -42,13 +45,17 @@ def corpus(
         if not (input_key or output_key or has_pairs(path)):
             return read_texts(path)
         return _reported(name, read_pairs(path, input_key, output_key))
+    if name == COURSE:
+        if questions:
+            return _pairs(holdout.questions()[0])
+        return [holdout.text_of(document) for document in holdout.partition().train]
     if name == "atelier" or name in sources.CATALOGUE:
         if questions:
             return _question_pairs(name)
-        return [f"{document.title}\n{document.text}" for document in sources.documents(name)]
+        return [holdout.text_of(document) for document in sources.documents(name)]
     if path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise LlamaError(
-            f"« {name} » introuvable : ce n’est ni un fichier, ni une source (atelier, "
+            f"« {name} » introuvable : ce n’est ni un fichier, ni une source (cours, atelier, "
             f"{', '.join(sources.CATALOGUE)}), ni un jeu de données du Hub (auteur/nom)."
         )
     try:
@@ -87,7 +94,11 @@ def _labour_law_pairs(cause: str) -> list[Pair]:
 
 
 def _question_pairs(name: str) -> list[Pair]:
-    return [(row["question"], row["réponse"]) for row in sources.questions(name)]
+    return _pairs(sources.questions(name))
+
+
+def _pairs(rows: list[Question]) -> list[Pair]:
+    return [(row["question"], row["réponse"]) for row in rows]
 
 
 def _reported(name: str, reading: Reading) -> list[Pair]:

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from .chat import as_tokenizer
 from .config import Config, LlamaError
-from .corpus import corpus
+from .corpus import COURSE, corpus
 from .duplicates import deduplicate, leaks, near_duplicates
+from .holdout import partition, text_of
 from .readers import Pair, read_pairs, read_table, read_texts
 
 __all__ = [
     "Examples", "check_vocabulary", "deduplicate", "leaks", "load_and_prepare_french_data", "near_duplicates",
-    "pack", "question_examples", "read_pairs", "read_table", "read_texts", "split",
+    "pack", "prepare", "question_examples", "read_pairs", "read_table", "read_texts", "split", "split_corpus",
 ]
 IGNORED = -100
 Item = TypeVar("Item")
@@ -215,25 +216,46 @@ def load_and_prepare_french_data(
     Raises:
         LlamaError: corpus introuvable, illisible, vide ou trop court ; le message dit comment en sortir.
     """
-    _check_fraction(val_fraction)
     tokenizer = as_tokenizer(tokenizer)
-    items = corpus(str(name_or_path), input_key, output_key, questions)
-    if len(items) == 1 and isinstance(items[0], str):
-        train, val = _cut(items[0], val_fraction)
-    else:
-        train, val = split(items, val_fraction, seed)
-        leaked = {i for i, _, _ in leaks([_text(item) for item in train], [_text(item) for item in val])}
-        train = [item for i, item in enumerate(train) if i not in leaked]
-
-    def prepare(name: str, part: list[Any]) -> Examples:
+    parts = split_corpus(
+        str(name_or_path), val_fraction, seed, input_key=input_key, output_key=output_key, questions=questions)
+    examples = []
+    for name, part in zip(("entraînement", "évaluation"), parts, strict=True):
         try:
-            if isinstance(items[0], tuple):
-                return question_examples(part, tokenizer, block_size)
-            return pack(map(tokenizer.encode_document, part), block_size, eos_id=tokenizer.eos_id)
+            examples.append(prepare(part, tokenizer, block_size))
         except LlamaError as error:
-            raise LlamaError(f"« {name_or_path} », part d’{name}. {error}") from None
+            raise LlamaError(f"« {name_or_path} », part d’{name}. {error}") from None
+    return examples[0], examples[1]
 
-    return prepare("entraînement", train), prepare("évaluation", val)
+
+def split_corpus(
+    name: str, val_fraction: float = 0.1, seed: int = 0, **reading: Any
+) -> tuple[list[str] | list[Pair], list[str] | list[Pair]]:
+    """Les documents d’un corpus, à apprendre et pour l’évaluation, sans fuite de l’une à l’autre (`leaks`).
+
+    Les textes du corpus `"cours"` ont leur propre partage, celui de `holdout`.
+
+    Args:
+        name: voir `corpus`, qui reçoit `reading`.
+        val_fraction: part des documents gardée pour l’évaluation.
+        seed: graine du tirage.
+    """
+    _check_fraction(val_fraction)
+    items = corpus(name, **reading)
+    if name == COURSE and isinstance(items[0], str):
+        return items, [text_of(document) for document in partition().held_out]
+    if len(items) == 1 and isinstance(items[0], str):
+        return _cut(items[0], val_fraction)
+    train, val = split(items, val_fraction, seed)
+    leaked = {i for i, _, _ in leaks([_text(item) for item in train], [_text(item) for item in val])}
+    return [item for i, item in enumerate(train) if i not in leaked], val
+
+
+def prepare(items: Sequence[str] | Sequence[Pair], tokenizer: Any, block_size: int) -> Examples:
+    """Des textes, leurs blocs (`pack`) ; des questions, leurs conversations (`question_examples`)."""
+    if items and isinstance(items[0], tuple):
+        return question_examples(items, tokenizer, block_size)
+    return pack(map(tokenizer.encode_document, items), block_size, eos_id=tokenizer.eos_id)
 
 
 def _cut(text: str, val_fraction: float) -> tuple[list[str], list[str]]:

@@ -125,6 +125,7 @@ def train(
         check_vocabulary(data, model.config)
     if config.patience and val is None:
         raise LlamaError("L’arrêt anticipé (patience) demande des exemples d’évaluation (val).")
+    kernels.keep_freed_memory()
     distributed.align(model, config.seed)
     with distributed.together(), distributed.sharded(model, config.sharded) as trained:
         run = _Run(trained, data, config, val, loss, Path(out) if out else None)

@@ -59,8 +59,7 @@ def train(
     import torch
 
     from llama.assembly import without_chat_template
-    from llama.corpus import corpus
-    from llama.data import Examples, load_and_prepare_french_data
+    from llama.data import Examples, prepare, split_corpus
     from llama.model import LlamaModel
     from llama.tokenization import BPETokenizer, Tokenizer
     from llama.training import train as run
@@ -77,7 +76,8 @@ def train(
         }, inputs=[*data, *([tokenizer] if tokenizer else [])])
         say(f"J’entraîne un modèle « {preset} » sur {', '.join(data)} : {number(steps)} pas de {batch_size} blocs, "
             f"sur {place.type}, dans {out}.")
-        items = [item for name in data for item in corpus(name)]
+        parts = [split_corpus(name, seed=seed) for name in data]
+        items = [item for part, _ in parts for item in part]
         if tokenizer:
             vocabulary = Tokenizer.load(tokenizer)
         else:
@@ -86,8 +86,9 @@ def train(
                 [item if isinstance(item, str) else "\n".join(item) for item in items], vocab_size)
         model = LlamaModel(Config(vocab_size=vocabulary.vocab_size, **PRESETS[preset])).to(place)
         length = model.config.block_size
-        parts = [load_and_prepare_french_data(name, vocabulary, length, seed=seed) for name in data]
-        examples, val = (Examples(*map(torch.cat, zip(*part, strict=True))) for part in zip(*parts, strict=True))
+        examples, val = (
+            Examples(*map(torch.cat, zip(*(prepare(part, vocabulary, length) for part in side), strict=True)))
+            for side in zip(*parts, strict=True))
         size = model.config.n_parameters()
         say(f"{number(size)} paramètres, {number(vocabulary.vocab_size)} jetons de vocabulaire ; "
             f"{number(len(examples.ids))} blocs de {length} jetons à apprendre, {number(len(val.ids))} mis de côté.")
