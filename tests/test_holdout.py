@@ -24,7 +24,7 @@ def test_titles_of_the_same_subject(title, same):
 
 @pytest.fixture
 def small_sources(monkeypatch):
-    """Deux cents fiches de travail, deux cents autres, avec leurs questions ; une fiche recopiée sous un autre titre."""
+    """Deux cents fiches de travail, deux cents autres, avec leurs questions ; une fiche est recopiée."""
     word = "abcdefghijklmnopqrst"
     titles = [f"{a}{b}{a}{b} sujet{a}{b}" for a in word for b in word[:10]]
     texts = {title: " ".join(f"{title[:4]}{i}" for i in range(40)) for title in titles}

@@ -26,6 +26,7 @@ from .tokenization import Tokenizer
 from .transformers_format import IGNORED, Published, from_config, published_tensors, to_config
 from .vocabulary import read_json, write_json
 
+COURSE_MODELS = Path(__file__).parent / "models"  # livrés avec la bibliothèque
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 HUB_IGNORED = ["original/*", "consolidated*"]  # les mêmes poids, sous d’autres noms
@@ -55,6 +56,8 @@ def find(source: str | Path) -> Path:
         if path.suffix != ".gguf":
             raise LlamaError(f"« {path} » n’est pas un modèle : donnez son dossier, ou un fichier .gguf.")
         return _converted(path)
+    if re.fullmatch(r"\w+", name) and (COURSE_MODELS / name).is_dir():
+        return COURSE_MODELS / name
     if name in sources.CATALOGUE:
         files = sorted(sources.fetch(name).rglob("*.gguf"))
         if not files:
@@ -63,8 +66,8 @@ def find(source: str | Path) -> Path:
     if HUB_ID.fullmatch(name) and not name.startswith("."):
         return _downloaded(name)
     raise LlamaError(
-        f"Modèle introuvable : « {name} » n’est ni un dossier, ni un fichier GGUF, ni une source "
-        "(« llama fetch --list » les donne), ni un nom du Hub (« auteur/modèle »)."
+        f"Modèle introuvable : « {name} » n’est ni un dossier, ni un fichier GGUF, ni « petit », ni une "
+        "source (« llama fetch --list » les donne), ni un nom du Hub (« auteur/modèle »)."
     )
 
 
