@@ -66,8 +66,8 @@ def find(source: str | Path) -> Path:
     if HUB_ID.fullmatch(name) and not name.startswith("."):
         return _downloaded(name)
     raise LlamaError(
-        f"Modèle introuvable : « {name} » n’est ni un dossier, ni un fichier GGUF, ni « petit », ni une "
-        "source (« llama fetch --list » les donne), ni un nom du Hub (« auteur/modèle »)."
+        f"Modèle introuvable : « {name} » n’est ni un dossier, ni un fichier GGUF, ni une source "
+        "(« llama fetch --list » les donne), ni le modèle du cours (petit), ni un nom du Hub (« auteur/modèle »)."
     )
 
 
