@@ -38,9 +38,8 @@ def small_sources(monkeypatch):
     monkeypatch.setattr(holdout.sources, "documents", sheets.__getitem__)
     monkeypatch.setattr(holdout.sources, "questions", questions.__getitem__)
     monkeypatch.setattr(holdout.sources, "legal_articles", dict)
-    holdout.partition.cache_clear()
-    yield labour, drawn
-    holdout.partition.cache_clear()
+    monkeypatch.setattr(holdout, "partition", holdout._partition)
+    return labour, drawn
 
 
 def test_the_parts_share_neither_title_nor_text(small_sources):
@@ -59,6 +58,13 @@ def test_questions_follow_their_sheet(small_sources):
     assert {row["thème"] for row in asked} == parts.subjects
     assert not {row["thème"] for row in learnt} & parts.subjects
     assert all(row["question"] == f"{row['thème']} : quelle règle ?" for row in learnt + asked)
+
+
+def test_the_partition_is_kept_in_the_cache(small_sources, monkeypatch, tmp_path):
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path))
+    first = list(holdout._rows())
+    kept = [holdout.sources.kept("cours", (holdout,), holdout._rows) for _ in range(2)]
+    assert kept[0] == kept[1] == first and len(list(tmp_path.rglob("cours-*.jsonl"))) == 1
 
 
 @pytest.mark.reseau

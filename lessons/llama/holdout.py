@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import NamedTuple
 
-from llama import sources
+from llama import duplicates, markup, sheets, sources
 from llama.duplicates import deduplicate, leaks
 from llama.sheets import Document, Question
 
@@ -42,17 +44,33 @@ class Partition(NamedTuple):
 
 @functools.cache
 def partition() -> Partition:
-    """Partage les fiches, les contributions et le Code du travail ; quelques secondes, puis gardé en mémoire.
+    """Partage les fiches, les contributions et le Code du travail ; dix secondes, puis gardé dans le cache.
 
     Raises:
         LlamaError: une source ne s’obtient pas (`sources.fetch`).
     """
-    sheets = [(_labour(name, sheet), sheet) for name in SHEETS for sheet in sources.documents(name)]
-    reserved = {sheet.title for labour, sheet in sheets if _drawn(sheet.title, LABOUR_LAW if labour else OTHERS)}
-    subjects = frozenset(sheet.title for labour, sheet in sheets if labour and sheet.title in reserved)
-    related = _same_subject([sheet.title for _, sheet in sheets], subjects)
-    held_out = [sheet for _, sheet in sheets if sheet.title in reserved]  # contributions comprises
-    train = [sheet for _, sheet in sheets if sheet.title not in reserved and sheet.title not in related]
+    versions = "-".join(sources.CATALOGUE[name].version for name in (*SHEETS, "legi-data"))
+    rows = sources.kept(f"cours-{versions}", (markup, sheets, duplicates, sys.modules[__name__]), _rows)
+    parts: dict[str, list] = {name: [] for name in Partition._fields}
+    for row in rows:
+        parts[row["part"]].append(row["subject"] if row["part"] == "subjects" else Document(**row["document"]))
+    return Partition(parts["train"], parts["held_out"], frozenset(parts["subjects"]))
+
+
+def _rows() -> Iterator[dict]:
+    train, held_out, subjects = _partition()
+    for part, documents in (("train", train), ("held_out", held_out)):
+        yield from ({"part": part, "document": asdict(document)} for document in documents)
+    yield from ({"part": "subjects", "subject": subject} for subject in sorted(subjects))
+
+
+def _partition() -> Partition:
+    everything = [(_labour(name, sheet), sheet) for name in SHEETS for sheet in sources.documents(name)]
+    reserved = {sheet.title for labour, sheet in everything if _drawn(sheet.title, LABOUR_LAW if labour else OTHERS)}
+    subjects = frozenset(sheet.title for labour, sheet in everything if labour and sheet.title in reserved)
+    related = _same_subject([sheet.title for _, sheet in everything], subjects)
+    held_out = [sheet for _, sheet in everything if sheet.title in reserved]  # contributions comprises
+    train = [sheet for _, sheet in everything if sheet.title not in reserved and sheet.title not in related]
     train += sources.legal_articles().values()
     leaked = {i for i, _, _ in leaks([text_of(d) for d in train], [text_of(d) for d in held_out])}
     train = [document for i, document in enumerate(train) if i not in leaked]

@@ -10,22 +10,22 @@ poids celle de `pretrained`.
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from filelock import FileLock
 
 from llama import archive, markup, sheets
-from llama.config import LlamaError
+from llama.config import LlamaError, system_cause
 from llama.progress import progress_bar
 from llama.sheets import Document, Question
 
@@ -145,7 +145,7 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False, force: bool
                 if force or not folder.is_dir():  # un autre processus a pu la récupérer pendant l’attente
                     _install(name, folder, progress)
         _check(name, folder, verify)
-        for extracted in (cache_dir() / "textes").glob(f"{folder.name}-*") if verify else ():
+        for extracted in (cache_dir() / "textes").glob("*.jsonl") if verify else ():
             extracted.unlink(missing_ok=True)  # sera relu des fichiers qui viennent d’être vérifiés
     return folder
 
@@ -197,11 +197,6 @@ def _check(name: str, folder: Path, verify: bool) -> None:
                          f"« llama fetch {name} --force ».")
 
 
-_SYSTEM = {
-    errno.ENOSPC: "disque plein", errno.EDQUOT: "quota de disque atteint", errno.EROFS: "disque en lecture seule",
-    errno.EACCES: "accès refusé", errno.EPERM: "accès refusé", errno.ENOENT: "introuvable",
-    errno.ENOTDIR: "n’est pas un dossier", errno.EISDIR: "est un dossier", errno.EEXIST: "existe déjà",
-}
 _OTHER_FOLDER = "libérez de la place, ou choisissez un autre dossier avec la variable LLAMA_CACHE"
 
 
@@ -215,11 +210,6 @@ def _clear_errors() -> Iterator[None]:
             raise LlamaError(f"Disque plein dans {cache_dir()} : {_OTHER_FOLDER}.") from error
         raise LlamaError(f"On ne peut pas écrire dans {cache_dir()} ({system_cause(error)}) : choisissez un "
                          "autre dossier avec la variable LLAMA_CACHE.") from error
-
-
-def system_cause(error: OSError) -> str:
-    """Ce que le système reproche, en français quand c’est courant : `"disque plein"`, `"accès refusé"`…"""
-    return _SYSTEM.get(error.errno or 0) or error.strerror or str(error).partition("\n")[0]
 
 
 def megabytes(size: int) -> str:
@@ -261,16 +251,36 @@ def _extracted(name: str, kind: str, progress: bool) -> list[dict]:
     folder = fetch(name, progress=progress)
     if name == "atelier":
         return list(sheets.distinct(readers[name](folder)))
-    path = cache_dir() / "textes" / f"{folder.name}-{kind}-{_code()}.jsonl"
+
+    def rows() -> Iterator[dict]:
+        shown = {"shown": progress, "desc": f"lecture de {name}", "unit": " textes"}
+        return sheets.distinct(progress_bar(readers[name](folder), **shown))
+
+    return kept(f"{folder.name}-{kind}", (markup, sheets), rows)
+
+
+def kept(name: str, modules: Sequence[ModuleType], build: Callable[[], Iterable[dict]]) -> list[dict]:
+    """Les lignes de `build`, gardées en JSONL dans le cache : les calculer dure des secondes.
+
+    Args:
+        name: ce dont elles sont faites, versions des sources comprises.
+        modules: le code qui les fait ; ce qu’une version précédente a gardé ne sert plus.
+        build: les calcule.
+
+    Raises:
+        LlamaError: on ne peut pas écrire dans le cache.
+    """
+    code = b"".join(Path(module.__file__).read_bytes() for module in modules)
+    path = cache_dir() / "textes" / f"{name}-{hashlib.sha256(code).hexdigest()[:12]}.jsonl"
     with _clear_errors():
         if (rows := _rows(path)) is not None:
             return rows
-        with FileLock(f"{folder}.lock"):
-            entries = progress_bar(
-                readers[name](folder), shown=progress, desc=f"lecture de {name}", unit=" textes")
-            rows = list(sheets.distinct(entries))
-            path.parent.mkdir(exist_ok=True)
-            for outdated in path.parent.glob(f"{folder.name}-{kind}-*"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / f"{name}.lock"):
+            if (rows := _rows(path)) is not None:  # un autre processus les a écrites pendant l’attente
+                return rows
+            rows = list(build())
+            for outdated in path.parent.glob(f"{name}-*.jsonl"):
                 outdated.unlink()
             part = path.with_suffix(".part")
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -284,10 +294,3 @@ def _rows(path: Path) -> list[dict] | None:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (FileNotFoundError, ValueError):
         return None
-
-
-@functools.cache
-def _code() -> str:
-    """Empreinte du code d’extraction : ce qu’une ancienne version a extrait ne sert plus."""
-    code = b"".join(Path(module.__file__).read_bytes() for module in (markup, sheets))
-    return hashlib.sha256(code).hexdigest()[:12]
