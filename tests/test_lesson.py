@@ -1,4 +1,4 @@
-"""`llama.lesson` : ce qu’un carnet affiche est exactement ce qu’il enregistre."""
+"""`llama.lesson` : ce qu’un carnet affiche est exactement ce qu’il enregistre."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_record_without_notebook_prints(capsys):
 
 def test_same_name_twice_is_an_error():
     lesson.record("perte", 1.0)
-    with pytest.raises(LlamaError, match="« perte »".replace(" ", NBSP)):
+    with pytest.raises(LlamaError, match="« perte »".replace(" ", NBSP)):
         lesson.record("perte", 2.0)
 
 
@@ -118,7 +118,7 @@ def test_figure_is_shown_once_with_its_alt(shell):
 
 
 def test_figure_is_an_opaque_light_card(shell):
-    """Le fond accompagne la figure : elle reste lisible quand la page est sombre."""
+    """Le fond accompagne la figure : elle reste lisible quand la page est sombre."""
     [(data, _)] = outputs(lambda: lesson.figure("courbe", draw(), alt="x", data=[1]))
     png = data["image/png"]
     pixels = plt.imread(io.BytesIO(png if isinstance(png, bytes) else base64.b64decode(png)))
@@ -200,3 +200,12 @@ def test_axes_read_in_french():
     fig.canvas.draw()
     labels = [label.get_text() for label in (*axis.get_xticklabels(), *axis.get_yticklabels())]
     assert {f"10{NARROW}000", f"−2{NARROW}000", "0,2"} <= set(labels)
+
+
+def test_long_results_say_where_they_come_from(tmp_path, capsys):
+    path = tmp_path / "resultats" / "essai.json"
+    lesson.save_results(path, {"perte": 1.5})
+    assert lesson.load_results(path) == {"perte": 1.5}
+    assert "Résultats de « python " in capsys.readouterr().out
+    with pytest.raises(LlamaError, match="absent.json"):
+        lesson.load_results(tmp_path / "absent.json")

@@ -12,15 +12,22 @@ import inspect
 import io
 import math
 import os
+import platform
 import random
 import re
+import shlex
+import subprocess
 import sys
 import textwrap
+from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import llama
 from llama.config import LlamaError
+from llama.vocabulary import read_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -193,6 +200,46 @@ def show_source(thing: Any) -> None:
     """
     source = textwrap.dedent(inspect.getsource(thing)).rstrip()
     _display({"text/markdown": f"```python\n{source}\n```", "text/plain": source}, {})
+
+
+def save_results(path: str | Path, results: dict[str, Any]) -> None:
+    """Écrit les résultats d’un calcul trop long pour un carnet, et de quoi le refaire : commande, version, machine.
+
+    Args:
+        path: fichier JSON à écrire, d’ordinaire dans lessons/resultats/.
+        results: nombres, textes et listes.
+    """
+    import torch
+
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    origin = {
+        "commande": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "version": git.stdout.strip() or llama.__version__,
+        "machine": f"{_processor()}, {torch.get_num_threads()} fil(s) de calcul",
+        "date": date.today().isoformat(),
+    }
+    write_json(Path(path), {"origine": origin, **results})
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """Relit ce que `save_results` a écrit, et affiche d’où cela vient.
+
+    Raises:
+        LlamaError: fichier absent ou illisible.
+    """
+    results = read_json(Path(path))
+    origin = results.pop("origine")
+    print(f"Résultats de « {origin['commande']} », version {origin['version']}, {origin['date']} ({origin['machine']})")
+    return results
+
+
+def _processor() -> str:
+    try:
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return " ".join((names or [platform.processor() or platform.machine()])[0].split())
 
 
 def _register(name: str) -> None:
