@@ -15,8 +15,9 @@ from llama.corpus import corpus
 from llama.data import pack
 from llama.evaluation import bits_per_byte
 from llama.holdout import partition, text_of
-from llama.lora import ATTENTION, add_lora
+from llama.lora import add_lora
 from llama.pretrained import load_tokenizer
+from llama.runner import ATTENTION
 from llama.training import train
 
 BLOCK, EVALUATION_BLOCK = 256, 512
@@ -38,11 +39,12 @@ def main() -> None:
     started = time.perf_counter()
     settings = TrainingConfig(steps=STEPS, batch_size=BATCH, learning_rate=1e-3, precision="bf16")
     history = train(model, examples, settings)
+    minutes = (time.perf_counter() - started) / 60
     lesson.save_results(Path(__file__).with_suffix(".json"), {
         "fiches": len(sheets), "octets": sum(len(sheet.encode()) for sheet in sheets),
         "bits_par_octet_avant": before, "bits_par_octet_après": measure(),
         "rang": RANK, "pas": STEPS, "jetons": sum(record["tokens"] for record in history.steps),
-        "minutes": (time.perf_counter() - started) / 60,
+        "minutes": minutes,
     })
 
 
