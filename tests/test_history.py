@@ -1,9 +1,8 @@
 """`history` et sa figure : ce qui est noté se relit, et se dessine avec ses axes."""
 
-import json
-
 import pytest
 
+from llama.config import LlamaError
 from llama.history import History
 from llama.plots import training_curves
 
@@ -22,7 +21,15 @@ def test_losses_and_speed(history):
 
 def test_written_then_read_is_the_same(history, tmp_path):
     history.to_json(tmp_path / "historique.json")
-    assert History(**json.loads((tmp_path / "historique.json").read_text())) == history
+    assert History.from_json(tmp_path / "historique.json") == history
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"steps": []}', "pas du JSON"])
+def test_other_files_are_refused(content, tmp_path):
+    path = tmp_path / "autre.json"
+    path.write_text(content)
+    with pytest.raises(LlamaError, match="autre.json"):
+        History.from_json(path)
 
 
 def test_the_figure_shows_what_was_noted(history):

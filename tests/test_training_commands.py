@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -74,6 +75,13 @@ def test_train_writes_a_model_that_transformers_loads(work):
     assert own(TEXTS[0]).input_ids == runner.tokenizer.encode(TEXTS[0]) and own.chat_template is None
     assert {path.name for path in (work / "neuf").iterdir()} == {
         "config.json", "history.json", "model.safetensors", "summary.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_train_writes_weights_in_sixteen_bits(work):
+    for precision in ("float32", "bf16"):
+        done(*TRAIN, "--save-precision", precision, "--out", precision)
+    whole, half = (weights(work / precision) for precision in ("float32", "bf16"))
+    assert all(torch.equal(whole[name].bfloat16(), half[name]) for name in whole)
 
 
 def test_train_learns(work):
@@ -189,6 +197,22 @@ def test_interrupted_then_relaunched_gives_the_same_weights(work, monkeypatch, c
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("command, changes", [
+    ("train", [("--preset", "petit"), ("--vocab-size", "310")]),
+    ("finetune", [("--rank", "4"), ("--alpha", "8"), ("--full",), ("--model", "autre")]),
+    ("distill", [("--teacher", "autre"), ("--layers", "1"), ("--temperature", "3"), ("--alpha", "0.9")]),
+])
+def test_resuming_wants_the_same_adapter_teacher_and_settings(work, monkeypatch, command, changes):
+    make_model(work / "autre", seed=1)
+    interrupt_at(monkeypatch, 2)
+    assert run(*COMMANDS[command], "--out", "coupé").exit_code == 130
+    before = snapshot(work)
+    for change in changes:
+        result = run(*COMMANDS[command], *change, "--out", "coupé")
+        assert result.exit_code == 2 and "Traceback" not in result.output and snapshot(work) == before
+        assert re.search(rf"tient un autre apprentissage en cours \((--)?{change[0].strip('-')}\b", result.stderr)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_nothing_is_overwritten_without_force(work, command):
     arguments = (*COMMANDS[command], "--out", "sortie")
@@ -257,6 +281,8 @@ BAD = [
     ("train", ("--out", "textes.txt"), nothing, "est un fichier"),
     ("train", ("--out", "textes.txt/sous/dossier"), nothing, "est un fichier"),
     ("train", ("--patience", "3"), nothing, "option inconnue"),
+    ("train", ("--seed", str(10**20)), nothing, "--seed est un entier de 32 bits"),
+    ("train", ("--out", "y" * 300), nothing, "nom trop long"),
     # finetune
     ("finetune", ("--model", "absent"), nothing, "Modèle introuvable"),
     ("finetune", ("--model", "textes.txt"), nothing, "n’est pas un modèle"),

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config import LlamaError
+from .vocabulary import read_json
+
 
 @dataclass
 class History:
@@ -33,7 +36,19 @@ class History:
 
     def to_json(self, path: Path) -> None:
         """Écrit l’historique dans `path`."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+        Path(path).write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: Path) -> History:
+        """L’inverse de `to_json`.
+
+        Raises:
+            LlamaError: fichier absent ou illisible.
+        """
+        content = read_json(Path(path))
+        if not isinstance(content, dict) or set(content) != {"steps", "evaluations"}:
+            raise LlamaError(f"« {path} » n’est pas l’historique d’un entraînement.")
+        return cls(**content)
 
     def plot(self) -> Any:
         """La figure des courbes de perte et du taux d’apprentissage (voir `llama.plots.training_curves`)."""

@@ -35,6 +35,8 @@ def train(
     micro_batch_size: console.MicroBatchSize = None,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Taux d’apprentissage au sommet.")] = 3e-3,
     precision: console.Numbers = console.Precision.FLOAT32,
+    save_precision: Annotated[console.Precision, typer.Option(
+        "--save-precision", help="Type des poids écrits.")] = console.Precision.FLOAT32,
     eval_every: console.EvalEvery = None,
     checkpoint_every: console.CheckpointEvery = 100,
     sharded: Annotated[bool, typer.Option(
@@ -52,7 +54,7 @@ def train(
     \b
     Exemples :
       llama train --data atelier --vocab-size 1024 --steps 200 --out modeles/essai
-      llama train --data fiches-travail --data contributions --preset petit --out modeles/petit
+      llama train --data fiches-travail --data contributions --preset petit --save-precision bf16 --out modeles/droit
       llama train --data mes_textes/ --steps 500 --eval-every 50 --out modeles/mien
       torchrun --nproc-per-node 2 -m llama train --data fiches-travail --sharded --out modeles/deux
     """
@@ -100,7 +102,9 @@ def train(
             summary = output.finish({
                 "n_parameters": size, "vocab_size": vocabulary.vocab_size, "n_examples": len(examples.ids),
                 **results_of(history),
-            }, history, partial(model.save_pretrained, tokenizer=vocabulary))
+            }, history, partial(
+                model.save_pretrained, tokenizer=vocabulary,
+                dtype=torch.bfloat16 if save_precision == console.Precision.BF16 else torch.float32))
     conclude(summary, [
         f"Perte d’évaluation : {number(summary['val_loss'], 3)} nats par jeton (perplexité "
         f"{number(summary['perplexity'], 1)}), en {number(summary['steps'])} pas.",

@@ -1,0 +1,152 @@
+"""La fiche de `petit` : ses échantillons, ses mesures, son README. À lancer après l’avoir entraîné.
+
+    python tools/petit.py samples    # cinquante échantillons, sans choix ; un lecteur y compte ensuite les fautes
+    python tools/petit.py measures   # bits par octet des fiches réservées, et ceux des compresseurs
+    python tools/petit.py card       # la fiche, faite de tout ce qui précède et du journal de l’entraînement
+"""
+
+import gzip
+import json
+import lzma
+import math
+import random
+import sys
+from pathlib import Path
+
+from llama import LlamaModel, sources
+from llama.config import PRESETS
+from llama.evaluation import bits_per_byte
+from llama.generation import generate
+from llama.history import History
+from llama.holdout import SHEETS, partition, text_of
+from llama.lesson import french, load_results, save_results
+from llama.pretrained import COURSE_MODELS, load_tokenizer
+
+FOLDER = COURSE_MODELS / "petit"
+SAMPLES, MEASURES, CARD = FOLDER / "samples.jsonl", FOLDER / "measures.json", FOLDER / "README.md"
+N_SAMPLES, MAX_NEW_TOKENS = 50, 80
+SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+WATTS = 20  # un cœur de serveur, mémoire et refroidissement compris : un ordre de grandeur
+COMMAND = (
+    "llama train --data cours --preset petit --vocab-size 4096 --steps {steps} --batch-size {batch_size} "
+    "--learning-rate {learning_rate} --precision bf16 --save-precision bf16 --eval-every {eval_every} --threads 1 "
+    "--out modeles/petit"
+)
+
+
+def samples() -> None:
+    """Les titres de cinquante fiches réservées, et ce que le modèle écrit à leur suite, la graine étant le rang."""
+    model, tokenizer = LlamaModel.from_pretrained("petit"), load_tokenizer("petit")
+    titles = sorted(sheet.title for sheet in partition().held_out if sheet.title in partition().subjects)
+    rows = []
+    for seed, title in enumerate(random.Random(0).sample(titles, N_SAMPLES)):
+        (ids,) = generate(model, [tokenizer.encode_document(f"{title}\n")], max_new_tokens=MAX_NEW_TOKENS, seed=seed,
+                          eos_id=tokenizer.eos_id, **SAMPLING)
+        rows.append({"seed": seed, "title": title, "text": tokenizer.decode(ids, skip_special_tokens=True)})
+    SAMPLES.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def measures() -> None:
+    """Les bits par octet de toutes les fiches réservées, par `petit` et par deux compresseurs."""
+    model, tokenizer = LlamaModel.from_pretrained("petit"), load_tokenizer("petit")
+    texts = [text_of(sheet) for sheet in partition().held_out]
+    raw = "".join(texts).encode()
+    save_results(MEASURES, {
+        "sheets": len(texts), "bytes": len(raw), "parameters": model.config.n_parameters(),
+        "bits_per_byte": {
+            "petit": bits_per_byte(model, tokenizer, texts, block_size=model.config.block_size, progress=True),
+            "gzip": 8 * len(gzip.compress(raw, 9)) / len(raw), "xz": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
+        },
+    })
+
+
+def card() -> None:
+    """Écrit README.md."""
+    summary = json.loads((FOLDER / "summary.json").read_text(encoding="utf-8"))
+    history = History.from_json(FOLDER / "history.json")
+    results = load_results(MEASURES)
+    rows = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()]
+    hours = sum(record["seconds"] for record in history.steps) / 3600
+    faults = {kind: sum(row["faults"][kind] for row in rows) for kind in rows[0]["faults"]}
+    sound = sum(not any(row["faults"].values()) for row in rows)
+    by_faults = sorted(rows, key=lambda row: (sum(row["faults"].values()), row["seed"]))
+    examples = "\n".join(
+        f"> **{row['title']}** {' '.join(row['text'].split())}…\n> *({_faults(row['faults'])})*\n"
+        for row in (*by_faults[:2], *by_faults[-2:]))
+    credits = "\n".join(
+        f"- {sources.CATALOGUE[name].credit} ; {sources.CATALOGUE[name].licence} "
+        f"({sources.CATALOGUE[name].package} {sources.CATALOGUE[name].version})" for name in (*SHEETS, "legi-data"))
+    bits = results["bits_per_byte"]
+    CARD.write_text(f"""---
+language: fr
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# petit
+
+Le modèle du cours « L’atelier des LLM » : un Llama de {french(results['parameters'])} paramètres, entraîné de zéro sur
+des textes de droit du travail et de service public, par la boucle et le tokenizer de la bibliothèque `llama`. Il continue
+un texte ; il ne répond pas aux questions (la leçon 5 le lui apprend).
+
+**C’est un exercice, pas un conseil juridique.** Il écrit des phrases bien formées et des faits faux : délais, montants,
+articles. Ses textes sont d’une date donnée, et le droit change.
+
+```python
+from llama import LlamaModel                        # ou transformers.AutoModelForCausalLM, sur ce dossier
+model = LlamaModel.from_pretrained("petit")
+```
+
+## Données
+
+{french(summary['n_examples'] * PRESETS['petit']['block_size'] / 1e6, 1)} millions de jetons : les fiches, les réponses et
+le Code du travail de quatre publications, moins une fiche de droit du travail sur quatre et une autre sur vingt,
+réservées par sujet avec leurs quasi-doublons (`llama.holdout`).
+
+{credits}
+
+## Entraînement
+
+```
+{COMMAND.format(**summary['arguments'])}
+```
+
+Graine {summary['arguments']['seed']}, {french(summary['tokens'] / 1e6, 1)} millions de jetons lus en
+{french(hours, 1)} heures d’un cœur ({load_origin()}), soit environ {french(hours * WATTS / 1000, 2)} kWh à {WATTS} W par
+cœur, mémoire et refroidissement compris (un ordre de grandeur). Le journal est dans `history.json`. Les poids publiés
+sont en bfloat16.
+
+## Mesures
+
+Sur {french(results['sheets'])} fiches réservées ({french(results['bytes'] / 1e6, 1)} Mo), en bits par octet :
+
+| petit | xz | gzip |
+|---|---|---|
+| {french(bits['petit'])} | {french(bits['xz'])} | {french(bits['gzip'])} |
+
+Cinquante échantillons, sans choix (`samples.jsonl` : titres de fiches réservées, {MAX_NEW_TOKENS} jetons, température
+{french(SAMPLING['temperature'], 1)}, top-p {french(SAMPLING['top_p'], 1)}), lus phrase à phrase :
+{sound} sans faute relevée ; {_faults(faults)}. Les deux moins fautifs, puis les deux plus fautifs :
+
+{examples}
+## Limites
+
+Il ne connaît que le français administratif, ne lit que {PRESETS['petit']['block_size']} jetons à la fois, invente des
+articles et des chiffres, se répète, et reflète ses sources : des textes de l’administration, de 2020 à 2026.
+""", encoding="utf-8")
+
+
+def _faults(faults: dict[str, int]) -> str:
+    return ", ".join(f"{kind} : {count}" for kind, count in faults.items())
+
+
+def load_origin() -> str:
+    return json.loads(MEASURES.read_text(encoding="utf-8"))["origine"]["machine"].partition(",")[0]
+
+
+if __name__ == "__main__":
+    steps = {"samples": samples, "measures": measures, "card": card}
+    if len(sys.argv) != 2 or sys.argv[1] not in steps:
+        sys.exit(f"usage : python tools/petit.py {'|'.join(steps)}")
+    steps[sys.argv[1]]()
