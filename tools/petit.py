@@ -8,10 +8,8 @@
 import gzip
 import json
 import lzma
-import math
 import random
 import sys
-from pathlib import Path
 
 from llama import LlamaModel, sources
 from llama.config import PRESETS
@@ -86,12 +84,12 @@ pipeline_tag: text-generation
 
 # petit
 
-Le modèle du cours « L’atelier des LLM » : un Llama de {french(results['parameters'])} paramètres, entraîné de zéro sur
-des textes de droit du travail et de service public, par la boucle et le tokenizer de la bibliothèque `llama`. Il continue
-un texte ; il ne répond pas aux questions (la leçon 5 le lui apprend).
+Le modèle du cours « L’atelier des LLM » : un Llama de {french(results['parameters'])} paramètres, entraîné de zéro
+sur des textes de droit du travail et de service public, par la boucle et le tokenizer de la bibliothèque `llama`.
+Il continue un texte ; il ne répond pas aux questions (la leçon 5 le lui apprend).
 
-**C’est un exercice, pas un conseil juridique.** Il écrit des phrases bien formées et des faits faux : délais, montants,
-articles. Ses textes sont d’une date donnée, et le droit change.
+**C’est un exercice, pas un conseil juridique.** Il écrit des phrases bien formées et des faits faux : délais,
+montants, articles. Ses textes sont d’une date donnée, et le droit change.
 
 ```python
 from llama import LlamaModel                        # ou transformers.AutoModelForCausalLM, sur ce dossier
@@ -100,9 +98,9 @@ model = LlamaModel.from_pretrained("petit")
 
 ## Données
 
-{french(summary['n_examples'] * PRESETS['petit']['block_size'] / 1e6, 1)} millions de jetons : les fiches, les réponses et
-le Code du travail de quatre publications, moins une fiche de droit du travail sur quatre et une autre sur vingt,
-réservées par sujet avec leurs quasi-doublons (`llama.holdout`).
+{french(summary['n_examples'] * PRESETS['petit']['block_size'] / 1e6, 1)} millions de jetons : les fiches, les
+réponses et le Code du travail de quatre publications, moins une fiche de droit du travail sur quatre et une autre
+sur vingt, réservées par sujet avec leurs quasi-doublons (`llama.holdout`).
 
 {credits}
 
@@ -113,9 +111,9 @@ réservées par sujet avec leurs quasi-doublons (`llama.holdout`).
 ```
 
 Graine {summary['arguments']['seed']}, {french(summary['tokens'] / 1e6, 1)} millions de jetons lus en
-{french(hours, 1)} heures d’un cœur ({load_origin()}), soit environ {french(hours * WATTS / 1000, 2)} kWh à {WATTS} W par
-cœur, mémoire et refroidissement compris (un ordre de grandeur). Le journal est dans `history.json`. Les poids publiés
-sont en bfloat16.
+{french(hours, 1)} heures d’un cœur ({load_origin()}), soit environ {french(hours * WATTS / 1000, 2)} kWh à {WATTS}
+W par cœur, mémoire et refroidissement compris (un ordre de grandeur). Le journal est dans `history.json`. Les poids
+publiés sont en bfloat16.
 
 ## Mesures
 
