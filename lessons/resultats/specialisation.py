@@ -2,7 +2,7 @@
 
     python lessons/resultats/specialisation.py
 
-Une demi-heure d’un cœur ; la leçon 4 en montre le résultat à côté de `petit`.
+Un quart d’heure d’un cœur ; la leçon 4 en montre le résultat à côté de `petit`.
 """
 
 import time
@@ -21,12 +21,12 @@ from llama.runner import ATTENTION
 from llama.training import train
 
 BLOCK, EVALUATION_BLOCK = 256, 512
-STEPS, BATCH, RANK = 200, 4, 16
+STEPS, BATCH, RANK = 100, 4, 16
 
 
 def main() -> None:
     model, tokenizer = LlamaModel.from_pretrained("smollm2"), load_tokenizer("smollm2")
-    sheets = [text_of(sheet) for sheet in partition().held_out[::24]]
+    sheets = [text_of(sheet) for sheet in partition().held_out[::60]]
 
     def measure() -> float:
         with torch.autocast("cpu", torch.bfloat16):
