@@ -62,8 +62,8 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(LlamaError, match="ce n’est pas le sien"):
         load(other)
     assert snapshot(tmp_path) == before
-    for base, message in ((None, "ne dit pas quel modèle"), (str(out), "ne dit pas quel modèle"),
-                          (str(tmp_path / "absent"), "Modèle introuvable")):
+    for base, message in ((None, "ne dit pas quel modèle"), (3, "ne dit pas quel modèle"),
+                          (str(out), "ne dit pas quel modèle"), (str(tmp_path / "absent"), "Modèle introuvable")):
         set_base(out, base)
         with pytest.raises(LlamaError, match=message):
             load(out)

@@ -1,8 +1,10 @@
 """`llama fetch` : le catalogue, le cache, et ce que la commande refuse."""
 
+import hashlib
 import json
 
 import pytest
+from merge_models import snapshot
 from test_console import assert_french
 from typer.testing import CliRunner
 
@@ -60,23 +62,73 @@ def test_fetch_as_json(fetched):
     assert row["folder"] == str(sources.folder_of("smollm2"))
 
 
-def test_unknown_name_stops_before_any_download(fetched):
-    result = run("fetch", "smollm2", "inconnue")
-    assert result.exit_code == 2 and not fetched and result.stderr.count("\n") == 1
-    assert "« inconnue »".replace(" ", "\u00a0") in result.stderr and "fiches-travail" in result.stderr
+# Ce qu’elle refuse
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("fetch",), "Quelle source"),
-        (("fetsh",), "commande inconnue\u00a0: 'fetsh'. Vouliez-vous dire 'fetch'"),
-        (("fetch", "--forcer"), "option inconnue\u00a0: --forcer (options proches\u00a0: --force)"),
-        (("--bidon",), "option inconnue\u00a0: --bidon"),
-        (("fetch", "--list=3"), "l’option '--list' ne prend pas de valeur"),
-    ],
-)
-def test_usage_errors_are_one_french_line(arguments, message):
+FOLDER = "sources/smollm2-0.1.2"
+
+
+def nothing(cache):
+    pass
+
+
+def manifest(**changes):
+    """Un cache de SmolLM2 d’un fichier, dont le manifeste dit ce qu’il faut, à `changes` près."""
+    def prepare(cache):
+        (cache / FOLDER).mkdir(parents=True)
+        file = cache / FOLDER / "m.gguf"
+        file.write_bytes(b"GGUF")
+        entry = [4, file.stat().st_mtime_ns, hashlib.sha256(b"GGUF").hexdigest()]
+        content = {"archive": sources.CATALOGUE["smollm2"].sha256, "files": {"m.gguf": entry}} | changes
+        (cache / FOLDER / "manifest.json").write_text(json.dumps(content))
+
+    return prepare
+
+
+def file(name, content):
+    def prepare(cache):
+        manifest()(cache)
+        (cache / name).write_text(content)
+
+    return prepare
+
+
+def without(name):
+    def prepare(cache):
+        manifest()(cache)
+        (cache / FOLDER / name).unlink()
+
+    return prepare
+
+
+BAD = [
+    (("fetch",), nothing, "Quelle source"),
+    (("fetsh",), nothing, "commande inconnue : 'fetsh'. Vouliez-vous dire 'fetch'"),
+    (("fetch", "--forcer"), nothing, "option inconnue : --forcer (options proches : --force)"),
+    (("--bidon",), nothing, "option inconnue : --bidon"),
+    (("fetch", "--list=3"), nothing, "l’option '--list' ne prend pas de valeur"),
+    (("fetch", "inconnue"), nothing, "Source inconnue : « inconnue ». Le catalogue a contributions, fiches-travail"),
+    (("fetch", "smollm2", "../smollm2"), nothing, "Source inconnue : « ../smollm2 »"),
+    (("fetch", "smollm2"), without("manifest.json"), "(DOSSIER/manifest.json) : réparez-le avec"),
+    (("fetch", "smollm2"), file(f"{FOLDER}/manifest.json", "{"), "est abîmé (DOSSIER/manifest.json)"),
+    (("fetch", "smollm2"), file(f"{FOLDER}/manifest.json", "[]"), "est abîmé (DOSSIER/manifest.json)"),
+    (("fetch", "smollm2"), manifest(archive="autre"), "est abîmé (DOSSIER/manifest.json)"),
+    (("fetch", "smollm2"), manifest(files={"m.gguf": [4]}), "est abîmé (DOSSIER/m.gguf)"),
+    (("fetch", "smollm2"), manifest(files={"absent.gguf": [4, 0, ""]}), "est abîmé (DOSSIER/absent.gguf)"),
+    (("fetch", "smollm2"), without("m.gguf"), "est abîmé (DOSSIER/m.gguf)"),
+    (("fetch", "smollm2"), file(f"{FOLDER}/m.gguf", "GGU"), "est abîmé (DOSSIER/m.gguf)"),
+    (("fetch", "smollm2"), file(f"{FOLDER}/m.gguf", "GGUf"), "est abîmé (DOSSIER/m.gguf)"),
+    (("fetch", "smollm2"), lambda cache: (cache / "sources").write_text("un fichier"), "(existe déjà) : choisissez"),
+]
+
+
+@pytest.mark.parametrize("arguments, prepare, message", BAD)
+def test_bad_input_is_one_french_line_and_touches_nothing(cache, monkeypatch, arguments, prepare, message):
+    monkeypatch.setattr("llama.archive.download", lambda *_: pytest.fail("rien ne devait être téléchargé"))
+    prepare(cache)
+    before = snapshot(cache)
     result = run(*arguments)
-    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    said = result.stderr.replace("\u00a0", " ").replace(str(cache / FOLDER), "DOSSIER")
+    assert result.exit_code == 2 and message in said and result.stderr.count("\n") == 1, result.output
+    assert result.stdout == "" and "Traceback" not in result.output and snapshot(cache) == before
     assert_french(result.stderr)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from merge_models import snapshot
 
 from llama import checkpoint
 from llama.config import LlamaError
@@ -18,10 +19,12 @@ def write(folder, *steps, keep=9):
 
 
 def refused(folder):
+    """La seule ligne de l’erreur ; le dossier n’a pas bougé."""
+    before = snapshot(folder)
     with pytest.raises(LlamaError) as error:
         checkpoint.load(folder)
     message = str(error.value)
-    assert "\n" not in message
+    assert "\n" not in message and snapshot(folder) == before
     return message
 
 
@@ -73,6 +76,13 @@ def test_damage_is_named_and_nothing_is_touched(tmp_path, damage):
 @pytest.mark.parametrize("content, cause", [
     ("{", "illisible"), ("[]", "n’est pas un point de reprise"),
     (json.dumps({"format": "autre/9"}), "n’est pas un point de reprise"),
+    ("[" * 100_000, "illisible"),
+    (json.dumps({"format": checkpoint.FORMAT}), "illisible"),
+    (json.dumps({"format": checkpoint.FORMAT, "state": {}, "files": {}}), "illisible"),
+    (json.dumps({"format": checkpoint.FORMAT, "step": 1, "state": {}, "files": []}), "illisible"),
+    (json.dumps({"format": checkpoint.FORMAT, "step": 1, "state": {}, "files": {"model.safetensors": 3}}), "illisible"),
+    (json.dumps({"format": checkpoint.FORMAT, "step": 1, "state": {}, "files": {
+        "absent.safetensors": {"size": 1, "sha256": ""}}}), "tronqué ou altéré"),
 ])
 def test_foreign_state_is_named(tmp_path, content, cause):
     write(tmp_path, 1)
@@ -93,7 +103,7 @@ def test_full_disk_keeps_the_previous_one(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(LlamaError, match="disque est plein") as error:
+    with pytest.raises(LlamaError, match="disque plein") as error:
         write(tmp_path, 2)
     assert "\n" not in str(error.value)
     assert checkpoint.load(tmp_path).step == 1

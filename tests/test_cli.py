@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_console import assert_french
-from tiny_models import PAIRS, make_model, write_pairs
+from tiny_models import PAIRS, make_model, snapshot, write_pairs
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -112,9 +112,10 @@ def test_help_answers_at_once(work):
 
 
 def test_fetch(work):
+    before = snapshot(work)
     result = launch("fetch", "inconnue", folder=work)
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith("Source inconnue")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.count("\n") == 1 and snapshot(work) == before
     listed = launch("fetch", "--list", "--json", folder=work)
     assert listed.returncode == 0 and json.loads(listed.stdout)[0]["name"] == "contributions"
 

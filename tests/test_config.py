@@ -1,10 +1,12 @@
 """`config` : ce qui est permis passe, le reste est refusé par une ligne qui nomme la cause."""
 
+import errno
 import json
 
 import pytest
+from safetensors import SafetensorError
 
-from llama.config import PRESETS, Config, LlamaError, TrainingConfig
+from llama.config import PRESETS, Config, LlamaError, TrainingConfig, system_cause
 
 VALID = {"vocab_size": 64, "d_model": 48, "n_layers": 3, "n_heads": 4}
 
@@ -35,6 +37,7 @@ def test_explicit_head_width_lifts_divisibility():
     ({"rope_style": "tiers"}, "rope_style vaut « halves » ou « pairs »"),
     ({"rope_theta": 0.0}, "rope_theta doit être positif"),
     ({"rms_norm_eps": 0.0}, "rms_norm_eps doit être positif"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps doit être positif (reçu : '1e-5')"),
     ({"attention_chunk_size": 0}, "attention_chunk_size doit être un entier strictement positif"),
 ])
 def test_invalid_architecture_is_named(changes, cause):
@@ -89,6 +92,17 @@ def test_parameter_count_equals_the_model(changes):
 
     config = Config(**{**VALID, **changes})
     assert config.n_parameters() == sum(p.numel() for p in LlamaModel(config).parameters())
+
+
+@pytest.mark.parametrize("error, cause", [
+    (OSError(errno.ENOSPC, "No space left on device"), "disque plein"),
+    (PermissionError(errno.EACCES, "Permission denied", "modele/"), "accès refusé"),
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disque plein"),
+    (OSError(errno.ELOOP, "Too many levels"), "Too many levels"),
+    (SafetensorError("HeaderTooLarge\nplus de détails"), "HeaderTooLarge"),
+])
+def test_what_the_system_complains_of_is_said_in_french(error, cause):
+    assert system_cause(error) == cause
 
 
 def test_presets_are_valid():

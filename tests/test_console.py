@@ -140,10 +140,13 @@ def test_announces_apart_from_results(monkeypatch):
     assert run(action).output == ""
 
 
-def test_only_the_first_process_complains(monkeypatch):
+def test_another_process_names_itself(monkeypatch):
+    """Une erreur peut n’atteindre que lui ; un Ctrl-C les atteint tous, et le premier suffit à le dire."""
     monkeypatch.setenv("RANK", "1")
     result = run(fails_with(LlamaError("Une ligne claire.")))
-    assert result.exit_code == 2 and result.output == ""
+    assert (result.exit_code, result.stderr) == (2, "Processus 1\u00a0: Une ligne claire.\n") and result.stdout == ""
+    result = run(fails_with(KeyboardInterrupt()))
+    assert result.exit_code == 130 and result.output == ""
 
 
 @pytest.mark.parametrize("value, digits, text", [

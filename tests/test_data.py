@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge_models import snapshot
 
 from llama import sources
 from llama.chat import as_tokenizer
@@ -331,11 +332,11 @@ BAD_TABLES = [
 @pytest.mark.parametrize(("name", "content", "error"), BAD_TABLES)
 def test_bad_tables(tmp_path, name, content, error):
     path = write(tmp_path, name, content)
-    before = path.read_bytes()
+    before = snapshot(tmp_path)
     with pytest.raises(LlamaError, match=re.escape(error)) as caught:
         read_pairs(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-    assert path.read_bytes() == before
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize(("call", "error"), [

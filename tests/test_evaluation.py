@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from llama.config import Config, LlamaError
 from llama.evaluation import (
     MultipleChoice,
+    answer_nats,
     bits_per_byte,
+    choose,
     classification,
     exact_match,
+    grouped_proportion,
     perplexity,
     proportion,
     rank_choices,
@@ -124,7 +127,47 @@ def test_ranking_finds_what_the_model_finds_likely(model, tokenizer):
     assert chosen == [int(torch.stack(losses).argmin())]
 
 
+def test_calibration_removes_what_a_choice_owes_to_itself(model, tokenizer):
+    item = MultipleChoice("Qui ?", ["La durée", "Le salarié", "Oui"], 0)
+    gains = []
+    for choice in item.choices:
+        asked, blind = (answer_nats(model, tokenizer, [([tokenizer.bos_id, *tokenizer.encode(q)], choice)])[0]
+                        for q in (item.question, ""))
+        gains.append((asked - blind) / len(choice.encode()))
+    _, chosen = rank_choices(model, tokenizer, [item], template="{question}", calibrated=True)
+    assert chosen == [gains.index(min(gains))]
+    assert choose([item], [[3.0, 1.0, 2.0]]) == [1] and choose([item], [[3.0, 1.0, 2.0]], [[9.0, 0.0, 0.0]]) == [0]
+
+
+def test_a_long_answer_passes_by_windows(model, tokenizer):
+    prompt, answer = tokenizer.encode("Qui ?"), TEXTS[1]  # 43 caractères, pour un modèle qui en lit 16
+    ids = [*prompt, *tokenizer.encode(answer)]
+    expected = 0.0
+    for start, end, first in windows(len(ids), 16, 8):
+        losses = token_losses(model, [ids[start:end]])[0]
+        expected += float(losses[max(first, len(prompt)) - start - 1:].sum()) if end > len(prompt) else 0.0
+    assert answer_nats(model, tokenizer, [(prompt, answer)] * 2) == pytest.approx([expected] * 2, rel=1e-5)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=60))
+def test_grouped_interval_holds_its_estimate(groups):
+    successes = [right for group in groups for right in group]
+    value, low, high, n = grouped_proportion(successes, 4)
+    assert low - 1e-9 <= value <= high + 1e-9 and n == len(successes) and value == pytest.approx(sum(successes) / n)
+
+
+def test_grouped_interval_counts_groups_and_not_cases():
+    alike = [right for i in range(50) for right in [i % 2 == 0] * 4]  # 50 cas indépendants, et non 200
+    apart = [i % 2 == 0 for i in range(200)]  # chaque groupe a la même part
+    wide, none = grouped_proportion(alike, 4), grouped_proportion(apart, 4)
+    assert wide.high - wide.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(50), rel=0.1)
+    assert none.low == none.high == 0.5
+    assert grouped_proportion(alike, 4) == wide
+
+
 @pytest.mark.parametrize("call, cause", [
+    (lambda m, t: grouped_proportion([True] * 5, 4), "5 cas ne font pas des groupes de 4"),
+    (lambda m, t: grouped_proportion([], 4), "0 cas"),
     (lambda m, t: perplexity(m, [[1]], block_size=8), "aucun document n’a deux jetons"),
     (lambda m, t: bits_per_byte(m, t, [""], block_size=8), "les textes sont vides"),
     (lambda m, t: token_losses(m, [[1, 2], [3]]), "Séquence 1"),

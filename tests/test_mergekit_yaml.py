@@ -208,6 +208,8 @@ UNREADABLE = {
     "YAML coupé": (b"merge_method: [linear", "ligne 1 n’est pas du YAML"),
     "tabulation": (b"merge_method: linear\nmodels:\n\t- model: a\n", "ligne 3 n’est pas du YAML"),
     "objet Python": (b"merge_method: !!python/object/apply:os.system ['true']\n", "n’est pas du YAML"),
+    "date impossible": (b"merge_method: 2024-13-45", "n’est pas du YAML"),
+    "crochets sans fin": (b"[" * 20_000, "n’est pas du YAML"),
     "octets": (b"\xff\xfe\x00", "n’est pas un fichier de texte en UTF-8"),
     "vide": (b"", "doit être un dictionnaire"),
     "liste": (b"- merge_method: linear\n", "doit être un dictionnaire"),

@@ -98,10 +98,12 @@ def test_unknown_architectures_are_refused(tmp_path, pair):
     assert_refused(linear(*pair), tmp_path, r"architecture non reconnue \(0 piles")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"], ids=["coupé", "liste", "encodage"])
-def test_unreadable_configurations_are_refused(tmp_path, pair, text):
+@pytest.mark.parametrize("text, message", [
+    ("{", "n’est pas du JSON complet"), ("[]", "un objet JSON est attendu"), ("\xff", "n’est pas de l’UTF-8"),
+], ids=["coupé", "liste", "encodage"])
+def test_unreadable_configurations_are_refused(tmp_path, pair, text, message):
     (Path(pair[1]) / "config.json").write_text(text, encoding="latin-1")
-    assert_refused(linear(*pair), tmp_path, r"config\.json est illisible")
+    assert_refused(linear(*pair), tmp_path, rf"config\.json.* {message}")
 
 
 def test_folders_that_are_not_models_are_refused(tmp_path, pair):

@@ -78,7 +78,7 @@ def test_full_disk_keeps_the_previous_one(folder, monkeypatch, step):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"llama.peft_format.{step}", full)
-    with pytest.raises(LlamaError, match="ne peut pas être écrit") as error:
+    with pytest.raises(LlamaError, match="ne peut pas être écrit .disque plein") as error:
         peft_format.write(folder, ADAPTER._replace(alpha=8), ["q_proj"], force=True)
     assert "\n" not in str(error.value)
     monkeypatch.undo()

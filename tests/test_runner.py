@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import PAIRS, make_model
+from tiny_models import PAIRS, make_model, snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama import BasicModelRunner, LlamaError
@@ -211,6 +211,24 @@ def test_gradient_checkpointing_gives_the_same_losses(folder):
         losses.append(history.losses)
         assert runner.model.gradient_checkpointing is gradient_checkpointing
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_resuming_wants_the_same_adapter(folder, tmp_path):
+    def train(**changes):
+        runner = BasicModelRunner(folder)
+        runner.add_pairs(PAIRS)
+        return runner.train(out=tmp_path / "points", **QUICK | {"steps": 2} | changes).losses
+
+    losses = train()
+    before = snapshot(tmp_path)
+    for changes, message in (
+        ({"rank": 8}, "réglages.lora.rank\u00a0: 16 ≠ 8"), ({"alpha": 16.0}, "réglages.lora.alpha\u00a0: 32.0 ≠ 16.0"),
+        ({"targets": ["q_proj"]}, "réglages.lora.targets"), ({"full": True}, "réglages.lora"),
+    ):
+        with pytest.raises(LlamaError, match=message) as refusal:
+            train(**changes)
+        assert "\n" not in str(refusal.value) and snapshot(tmp_path) == before
+    assert train() == losses
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from merge_models import snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -95,6 +96,14 @@ def test_a_wrong_tensor_is_a_bug_not_a_file(tmp_path):
         write_shards(tmp_path, {"a": Spec(torch.float32, (2,))}, iter([torch.ones(3)]))
 
 
+def refused(folder: Path, message: str) -> None:
+    """Une ligne qui dit la cause ; rien n’a changé dans le dossier."""
+    before = snapshot(folder)
+    with pytest.raises(LlamaError, match=message) as refusal:
+        Shards(folder)
+    assert "\n" not in str(refusal.value) and snapshot(folder) == before
+
+
 def header(entries: object) -> bytes:
     text = json.dumps(entries).encode() if not isinstance(entries, bytes) else entries
     return struct.pack("<Q", len(text)) + text
@@ -112,6 +121,10 @@ DAMAGED = {
     "places à l’envers": header({"a": ENTRY | {"data_offsets": [8, 0]}}) + bytes(8),
     "places et forme en désaccord": header({"a": ENTRY | {"shape": [3]}}) + bytes(8),
     "texte au lieu de places": header({"a": ENTRY | {"data_offsets": "0-8"}}) + bytes(8),
+    "forme négative": header({"a": ENTRY | {"shape": [-2, -1]}}) + bytes(8),
+    "forme en texte": header({"a": ENTRY | {"shape": ["2"]}}) + bytes(8),
+    "places à virgule": header({"a": ENTRY | {"data_offsets": [0.0, 8.0]}}) + bytes(8),
+    "crochets sans fin": header(b"[" * 100_000),
     "pickle renommé": b"\x80\x04\x95" + bytes(64),
 }
 
@@ -119,28 +132,24 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_files_are_refused(tmp_path, name):
     (tmp_path / "model.safetensors").write_bytes(DAMAGED[name])
-    with pytest.raises(LlamaError, match="tronqué ou altéré : téléchargez-le à nouveau"):
-        Shards(tmp_path)
+    refused(tmp_path, "tronqué ou altéré : téléchargez-le à nouveau")
 
 
 def test_a_truncated_model_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     write(tmp_path, tensors())
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(LlamaError, match="tronqué"):
-        Shards(tmp_path)
+    refused(tmp_path, "tronqué")
 
 
 def test_integers_are_refused(tmp_path):
     save_file({"poids": torch.ones(4, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(LlamaError, match="« poids » est de type I8 ; seuls les poids flottants"):
-        Shards(tmp_path)
+    refused(tmp_path, "« poids » est de type I8 ; seuls les poids flottants")
 
 
 def test_folders_without_safetensors_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(LlamaError, match="Pas de poids safetensors .* pickle"):
-        Shards(tmp_path)
+    refused(tmp_path, "Pas de poids safetensors .* pickle")
 
 
 def test_broken_indexes_are_refused(tmp_path):
@@ -149,18 +158,16 @@ def test_broken_indexes_are_refused(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     good = json.loads(index.read_text())
     index.write_text("{")
-    with pytest.raises(LlamaError, match="Index de poids illisible"):
-        Shards(tmp_path)
+    refused(tmp_path, "Index de poids illisible")
+    index.write_text("[" * 100_000)
+    refused(tmp_path, "Index de poids illisible")
     index.write_text(json.dumps({"weight_map": [1]}))
-    with pytest.raises(LlamaError, match="Index de poids illisible"):
-        Shards(tmp_path)
+    refused(tmp_path, "Index de poids illisible")
     index.write_text(json.dumps({"weight_map": good["weight_map"] | {"absent": good["weight_map"]["t0"]}}))
-    with pytest.raises(LlamaError, match="annonce « absent »"):
-        Shards(tmp_path)
+    refused(tmp_path, "annonce « absent »")
     index.write_text(json.dumps(good))
     (tmp_path / good["weight_map"]["t3"]).unlink()
-    with pytest.raises(LlamaError, match="Il manque .*00002.*, annoncé par l’index"):
-        Shards(tmp_path)
+    refused(tmp_path, "Il manque .*00002.*, annoncé par l’index")
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
@@ -169,8 +176,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     model = tmp_path / "modele"
     model.mkdir()
     (model / shards.INDEX).write_text(json.dumps({"weight_map": {"a": "../dehors.safetensors"}}))
-    with pytest.raises(LlamaError, match="Il manque"):
-        Shards(model)
+    refused(model, "Il manque")
 
 
 def fill(folder: Path, text: str = "neuf") -> None:

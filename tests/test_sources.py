@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from merge_models import snapshot
 from test_archive import alive, make_tar, make_zip
 
 from llama import sheets, sources
@@ -254,8 +255,10 @@ def test_verify_sees_a_flipped_byte(shelf):
     folder = sources.fetch("smollm2", progress=False)
     flip(folder / "m.gguf")
     sources.fetch("smollm2")  # taille et date n’ont pas changé
+    before = snapshot(shelf.cache)
     with pytest.raises(LlamaError, match="llama fetch smollm2 --force"):
         sources.fetch("smollm2", verify=True)
+    assert snapshot(shelf.cache) == before
     sources.fetch("smollm2", force=True, progress=False)
     assert sources.fetch("smollm2", verify=True) == folder and (folder / "m.gguf").read_bytes() == WEIGHTS
 
@@ -275,9 +278,10 @@ def test_verify_sees_a_flipped_byte(shelf):
 def test_damaged_cache_is_named_and_repaired(shelf, damage):
     folder = sources.fetch("smollm2", progress=False)
     damage(folder)
+    before = snapshot(shelf.cache)
     with pytest.raises(LlamaError, match="abîmé.*llama fetch smollm2 --force") as caught:
         sources.fetch("smollm2")
-    assert "\n" not in str(caught.value) and shelf.count() == 1
+    assert "\n" not in str(caught.value) and shelf.count() == 1 and snapshot(shelf.cache) == before
     assert (sources.fetch("smollm2", force=True, progress=False) / "m.gguf").read_bytes() == WEIGHTS
 
 

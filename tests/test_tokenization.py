@@ -15,6 +15,7 @@ import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge_models import snapshot
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -372,7 +373,7 @@ def test_a_failed_write_leaves_the_old_file(tokenizer, folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("llama.vocabulary.os.replace", full)
-    with pytest.raises(LlamaError, match="ne peut pas être écrit .No space"):
+    with pytest.raises(LlamaError, match="ne peut pas être écrit .disque plein"):
         BPETokenizer.train(["autre"], 300).save(folder, force=True)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -435,9 +436,10 @@ def test_foreign_files_are_refused(folder, error):
     data = json.loads(file.read_text(encoding="utf-8"))
     MALFORMED[error](data)
     file.write_text(json.dumps(data), encoding="utf-8")
+    before = snapshot(folder)
     with pytest.raises(LlamaError, match=re.escape(error)) as caught:
         Tokenizer.load(folder)
-    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value) and snapshot(folder) == before
 
 
 @pytest.mark.parametrize(("name", "content", "error"), [
@@ -459,9 +461,10 @@ def test_damaged_files(folder, name, content, error):
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(content)
+    before = snapshot(folder)
     with pytest.raises(LlamaError, match=re.escape(error)) as caught:
         Tokenizer.load(folder)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and snapshot(folder) == before
 
 
 def test_a_folder_in_place_of_the_file(folder):

@@ -15,6 +15,7 @@ import torch
 from llama import checkpoint
 from llama.config import Config, LlamaError, TrainingConfig
 from llama.data import Examples
+from llama.lora import add_lora
 from llama.model import LlamaModel
 from llama.training import batch_indices, learning_rate, mean_loss, next_token_loss, train
 
@@ -175,6 +176,17 @@ def test_other_data_model_or_folder_is_refused(tmp_path):
     (tmp_path / "autre" / "thèse.txt").write_text("à ne pas perdre")
     with pytest.raises(LlamaError, match="n’est pas vide"):
         train(model(), examples(), settings, out=tmp_path / "autre", progress=False)
+
+
+def test_another_adapter_is_refused(tmp_path):
+    settings = TrainingConfig(steps=1, batch_size=4)
+    for rank in (2, 4):
+        network = model()
+        add_lora(network, rank, 4.0, ["q_proj"])
+        if rank == 2:
+            train(network, examples(), settings, out=tmp_path, progress=False)
+    with pytest.raises(LlamaError, match="écrit pour un autre modèle .paramètre layers.0"):
+        train(network, examples(), settings, out=tmp_path, progress=False)
 
 
 def test_empty_data_divergence_and_missing_validation_are_named():

@@ -10,13 +10,15 @@ from tiny_models import PAIRS, TEXTS, make_model, snapshot, write_pairs
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from llama import cli
+from llama import cli, examination
 from llama.chat import EOS, PAD
 from llama.config import Config
 from llama.conversation import Conversation
-from llama.evaluation import bits_per_byte, perplexity
+from llama.evaluation import MultipleChoice, bits_per_byte, perplexity
+from llama.holdout import Partition
 from llama.model import LlamaModel
 from llama.runner import BasicModelRunner
+from llama.sheets import Document
 from llama.tokenization import BPETokenizer
 
 MERGE = ("merge", "recette.yml", "fusion")
@@ -203,6 +205,40 @@ def test_evaluate_prints_in_french(work):
     assert_french(result.output)
 
 
+@pytest.fixture
+def examined(monkeypatch):
+    """Un examen de douze questions, sans les sources."""
+    choices = [f"Cela fait {n}." for n in (4, 7, 9, 12)]
+    items = [MultipleChoice(f"Combien font {i} et {n} ?", choices, n) for i in range(3) for n in range(4)]
+    monkeypatch.setattr(examination, "_examination", lambda: items)
+    return items
+
+
+def test_evaluate_passes_the_examination(work, examined):
+    arguments = ("evaluate", "--model", "base", "--data", "examen", "--answers", "2", "--max-new-tokens", "4")
+    runner = BasicModelRunner("base")
+    expected = examination.examine(runner.model, runner.tokenizer, n_answers=2, max_new_tokens=4).metrics()
+    summary = json.loads(run(*arguments, "--json", "--out", "examen.json").stdout)
+    assert {name: summary[name] for name in expected} == pytest.approx(expected) and summary["n_questions"] == 12
+    assert summary == json.loads((work / "examen.json").read_text())
+    result = run(*arguments, "--limit", "6")
+    assert "4 questions de l’examen" in result.stderr.replace("\u00a0", " ")
+    lines = [line.replace("\u00a0", " ") for line in result.stdout.splitlines()]
+    assert [line.split(" : ")[0] for line in lines] == ["choix multiple", "bits par octet", "F1"]
+    assert lines[0].endswith(" à 95 %)") and "entre" in lines[0]
+    assert_french(result.output)
+
+
+def test_evaluate_on_the_held_out_sheets(work, monkeypatch):
+    sheets = [Document(f"{i}", f"Fiche {i}", text) for i, text in enumerate(TEXTS)]
+    monkeypatch.setattr("llama.holdout.partition", lambda: Partition([], sheets, frozenset()))
+    runner = BasicModelRunner("base")
+    summary = json.loads(run("evaluate", "--model", "base", "--data", "reserve", "--limit", "0", "--json").stdout)
+    texts = [f"Fiche {i}\n{text}" for i, text in enumerate(TEXTS)]
+    expected = bits_per_byte(runner.model, runner.tokenizer, texts, block_size=96)
+    assert summary["bits_per_byte"] == pytest.approx(expected) and summary["n_texts"] == len(TEXTS)
+
+
 # Ce qu’elles refusent
 
 
@@ -260,6 +296,7 @@ BAD = [
      "aucune donnée"),
     ("evaluate", (*EVALUATE, "--input-key", "question"), nothing, "--output-key"),
     ("evaluate", (*EVALUATE, "--input-key", "q", "--output-key", "r"), nothing, "n’a pas de colonne"),
+    ("evaluate", ("evaluate", "--model", "base", "--data", "examen", "--limit", "3"), nothing, "par groupes de 4"),
     ("evaluate", (*EVALUATE, "--limit", "-1"), nothing, "il faut au moins 0"),
     ("evaluate", (*EVALUATE, "--batch-size", "0"), nothing, "il faut au moins 1"),
     ("evaluate", (*EVALUATE, "--out", "qa.jsonl"), nothing, "existe déjà"),

@@ -155,8 +155,20 @@ def test_devices(monkeypatch):
     with pytest.raises(LlamaError, match="Aucun GPU"):
         find_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert find_device("auto") == find_device("cuda") == torch.device("cuda", 1) and find_device("cpu").type == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for name in ("auto", "cuda"):
+        with pytest.raises(LlamaError, match="3 processus pour 2 GPU"):
+            find_device(name)
+    assert find_device("cpu").type == "cpu"
+
+
+def test_a_seed_too_large_is_refused():
+    with pytest.raises(LlamaError, match="--seed est un entier de 32 bits"), machine("cpu", seed=2**32):
+        pytest.fail("la graine devait être refusée")
 
 
 def test_the_machine_has_its_seed_and_its_threads():

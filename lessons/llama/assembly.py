@@ -60,7 +60,7 @@ def load(name: str | Path) -> tuple[LlamaModel, Any]:
     if _is_adapter(folder):
         settings = read_json(folder / SETTINGS_FILE)
         base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-        if not base or _is_adapter(Path(base)):
+        if not isinstance(base, str) or not base or _is_adapter(Path(base)):
             raise LlamaError(f"« {name} » ne dit pas quel modèle il adapte : écrivez-y base_model_name_or_path.")
         model, tokenizer = load(base)
         load_adapter(model, folder)

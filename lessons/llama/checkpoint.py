@@ -8,7 +8,6 @@ tout instant, un dossier numéroté est entier. Ce module ne sait rien de l’en
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import distributed
-from .config import LlamaError
+from .config import LlamaError, system_cause
 
 FORMAT = "llama-library/checkpoint/1"
 STATE_FILE = "state.json"
@@ -72,10 +71,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        cause = "le disque est plein" if full else str(error)
         raise LlamaError(
-            f"Point de reprise du pas {step} non écrit dans {folder} : {cause} ; "
+            f"Point de reprise du pas {step} non écrit dans {folder} : {system_cause(error)} ; "
             "les points précédents sont intacts, libérez de la place puis relancez la même commande."
         ) from error
     for old in steps(folder)[:-keep]:
@@ -101,18 +98,20 @@ def load(folder: Path) -> Checkpoint | None:
     way_out = "effacez ce dossier pour reprendre au point précédent" if present[:-1] else "effacez ce dossier"
     try:
         manifest = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        foreign = not isinstance(manifest, dict) or manifest.get("format") != FORMAT
-    except (OSError, ValueError) as error:
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise LlamaError(f"{path} n’est pas un point de reprise de cette bibliothèque ; {way_out}.")
+        step, state = manifest["step"], manifest["state"]
+        files = [(path / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    except LlamaError:
+        raise
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise LlamaError(f"Point de reprise illisible : {path / STATE_FILE} ; {way_out}.") from error
-    if foreign:
-        raise LlamaError(f"{path} n’est pas un point de reprise de cette bibliothèque ; {way_out}.")
     tensors = {}
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
+    for file, size, sha256 in files:
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != sha256:
             raise LlamaError(f"Point de reprise tronqué ou altéré : {file} ; {way_out}.")
         tensors[file.stem] = load_file(file)
-    return Checkpoint(manifest["step"], tensors, manifest["state"])
+    return Checkpoint(step, tensors, state)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -8,14 +8,29 @@ d’une ligne. Les noms des champs sont ceux de Llama et de Llama 4 dans transfo
 from __future__ import annotations
 
 import dataclasses
+import errno
+import re
 from dataclasses import dataclass
 from typing import Any
 
 ROPE_SCALING = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+_SYSTEM = {
+    errno.ENOSPC: "disque plein", errno.EDQUOT: "quota de disque atteint", errno.EROFS: "disque en lecture seule",
+    errno.EACCES: "accès refusé", errno.EPERM: "accès refusé", errno.ENOENT: "introuvable",
+    errno.ENOTDIR: "n’est pas un dossier", errno.EISDIR: "est un dossier", errno.EEXIST: "existe déjà",
+    errno.ENAMETOOLONG: "nom trop long", errno.EIO: "erreur de lecture ou d’écriture", errno.EBUSY: "occupé",
+}
 
 
 class LlamaError(ValueError):
     """Erreur de l’utilisateur : une ligne en français qui nomme la cause et la façon d’en sortir."""
+
+
+def system_cause(error: Exception) -> str:
+    """Ce que le système reproche, en français quand c’est courant : `"disque plein"`, `"accès refusé"`…"""
+    number = re.search(r"\(os error (\d+)\)", str(error))  # ce qu’en dit safetensors
+    code = getattr(error, "errno", None) or int(number[1] if number else 0)
+    return _SYSTEM.get(code) or getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -61,9 +76,9 @@ class Config:
         rms_norm_eps: ε de RMSNorm (Zhang et Sennrich 2019, §3).
         rope_theta: base des fréquences de RoPE (Su et al. 2021, §3.2.2).
         rope_style: paires tournées ensemble : `"halves"` (i, i + d_k/2) comme Llama,
-            `"pairs"` (2i, 2i + 1) comme Llama 4 ; par défaut `"pairs"` avec une option de Llama 4 (experts,
+            `"pairs"` (2i, 2i + 1) comme Llama 4 ; par défaut `"pairs"` avec une option de Llama 4 (experts,
             `qk_norm`, `nope_layers`, tranches, température), `"halves"` sinon.
-        rope_scaling: étirement des fréquences de Llama 3.1, au format de transformers : `rope_type` (« llama3 »),
+        rope_scaling: étirement des fréquences de Llama 3.1, au format de transformers : `rope_type` (« llama3 »),
             `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`.
         tie_word_embeddings: la sortie partage-t-elle la matrice des plongements ?
         num_local_experts: experts par couche MoE ; 0 donne un modèle dense.
@@ -127,8 +142,9 @@ class Config:
             f"n_kv_heads ({self.n_kv_heads}) doit diviser n_heads ({self.n_heads}).",
         )
         _require(self.d_k % 2 == 0, f"d_k ({self.d_k}) doit être pair : RoPE tourne des paires de coordonnées.")
-        _require(self.rms_norm_eps > 0, f"rms_norm_eps doit être positif (reçu : {self.rms_norm_eps}).")
-        _require(self.rope_theta > 0, f"rope_theta doit être positif (reçu : {self.rope_theta}).")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            _require(isinstance(value, int | float) and value > 0, f"{name} doit être positif (reçu : {value!r}).")
         llama4 = any((moe, self.qk_norm, self.nope_layers, self.attention_chunk_size, self.attn_temperature_tuning))
         self._default("rope_style", "pairs" if llama4 else "halves")
         _require(
@@ -141,8 +157,8 @@ class Config:
                 and self.rope_scaling["rope_type"] == "llama3"
                 and all(self.rope_scaling[key] > 0 for key in ROPE_SCALING - {"rope_type"})
                 and self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"],
-                f"rope_scaling veut rope_type « llama3 », {', '.join(sorted(ROPE_SCALING - {'rope_type'}))} positifs, "
-                f"et low_freq_factor < high_freq_factor (reçu : {self.rope_scaling!r}).",
+                f"rope_scaling veut rope_type « llama3 », {', '.join(sorted(ROPE_SCALING - {'rope_type'}))} positifs, "
+                f"et low_freq_factor < high_freq_factor (reçu : {self.rope_scaling!r}).",
             )
         if moe:
             _require_positive(self, "num_local_experts", "num_experts_per_tok")

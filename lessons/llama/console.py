@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import llama
-from llama.config import LlamaError
+from llama.config import LlamaError, system_cause
 
 _FRENCH = (  # ce que typer écrit en anglais, dans l’aide et dans les erreurs d’usage
     (r"^Usage: ", "Usage : "),
@@ -112,8 +112,6 @@ class _Group(TyperGroup):
         except (Interruption, KeyboardInterrupt, typer.Abort) as stop:
             _stop(str(stop) or "Interrompu.", 130)
         except OSError as error:
-            from llama.sources import system_cause
-
             where = f"{error.filename} : " if error.filename else ""
             _stop(f"Erreur du système : {where}{system_cause(error)}.", 2)
         except Exception as error:
@@ -124,7 +122,11 @@ class _Group(TyperGroup):
 
 
 def _stop(message: str, code: int) -> None:
-    say(message)
+    """Dit pourquoi l’on s’arrête ; une erreur peut n’atteindre qu’un processus de torchrun, qui se nomme alors."""
+    if first_process():
+        say(message)
+    elif code == 2:
+        typer.echo(f"Processus {os.environ['RANK']} : {message}", err=True)
     sys.exit(code)
 
 
@@ -167,8 +169,8 @@ def number(value: float, digits: int = 0) -> str:
 
 
 METRICS = {
-    "bits_per_byte": "bits par octet", "loss": "perte (nats par jeton)", "perplexity": "perplexité", "f1": "F1",
-    "exact_match": "exactitude",
+    "accuracy": "choix multiple", "bits_per_byte": "bits par octet", "loss": "perte (nats par jeton)",
+    "perplexity": "perplexité", "f1": "F1", "exact_match": "exactitude",
 }
 """Ce que l’on mesure, dans l’ordre où on le dit."""
 

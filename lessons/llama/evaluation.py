@@ -10,9 +10,10 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from .config import LlamaError
 from .progress import progress_bar
 
+TEMPLATE = "Question : {question}\nRéponse : "
+"""L’invite d’une question, pour un modèle qui n’a pas appris à converser."""
+
 
 class Estimate(NamedTuple):
-    """Une proportion et son intervalle de confiance à 95 % (Wilson 1927), sur `n` cas."""
+    """Une proportion et son intervalle de confiance à 95 %, sur `n` cas."""
 
     value: float
     low: float
@@ -39,13 +43,33 @@ class MultipleChoice(NamedTuple):
 
 
 def proportion(successes: int, n: int) -> Estimate:
-    """Proportion de succès et intervalle de Wilson à 95 %, qui reste entre 0 et 1 même sur peu de cas."""
+    """Proportion de succès et intervalle de Wilson à 95 %, qui reste entre 0 et 1 même sur peu de cas."""
     if n <= 0 or not 0 <= successes <= n:
         raise LlamaError(f"Proportion indéfinie : {successes} succès sur {n} cas.")
     z, p = 1.959964, successes / n
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Estimate(p, min(p, max(0.0, center - half)), max(p, min(1.0, center + half)), n)  # arrondis compris
+
+
+def grouped_proportion(successes: Sequence[bool], group_size: int, seed: int = 0) -> Estimate:
+    """Proportion de succès de cas qui vont par groupes, et intervalle à 95 % par rééchantillonnage des groupes.
+
+    Les cas d’un groupe ne sont pas indépendants : l’intervalle de Wilson, qui les compterait un à un, serait faux.
+    On tire donc 10 000 fois autant de groupes qu’il y en a, avec remise (Efron 1979), et l’intervalle va du 2,5e au
+    97,5e centile des proportions obtenues. Sur moins d’une dizaine de groupes, il est trop étroit.
+
+    Args:
+        successes: groupe après groupe.
+        group_size: cas d’un groupe.
+        seed: graine des tirages.
+    """
+    if not successes or len(successes) % group_size:
+        raise LlamaError(f"{len(successes)} cas ne font pas des groupes de {group_size}.")
+    means = np.asarray(successes, dtype=float).reshape(-1, group_size).mean(1)
+    drawn = np.random.default_rng(seed).integers(len(means), size=(10_000, len(means)))
+    low, high = np.quantile(means[drawn].mean(1), [0.025, 0.975])
+    return Estimate(float(means.mean()), float(low), float(high), len(successes))
 
 
 @torch.no_grad()
@@ -170,13 +194,94 @@ def classification(predictions: Sequence[Any], references: Sequence[Any]) -> dic
     return {"accuracy": proportion(sum(p == r for p, r in pairs), len(pairs)), "f1": sum(scores) / len(scores)}
 
 
-def rank_choices(
+def answer_nats(
+    model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[Sequence[int], str]], *, batch_size: int = 16,
+    progress: bool = False,
+) -> list[float]:
+    """Nats de chaque réponse sachant son invite : combien elle surprend le modèle.
+
+    Args:
+        model: identifiants `(B, T)` → logits `(B, T, V)` ; ce qui dépasse son `block_size` passe en fenêtres.
+        tokenizer: encode les réponses.
+        pairs: (identifiants de l’invite, réponse) ; deux paires égales ne se calculent qu’une fois.
+        batch_size: séquences à la fois ; sans effet sur le résultat.
+        progress: montrer une barre.
+    """
+    size = model.config.block_size
+    keys = [(tuple(prompt), answer) for prompt, answer in pairs]
+    spans: dict[tuple[tuple[int, ...], str], list[tuple[Sequence[int], int]]] = {}
+    for prompt, answer in dict.fromkeys(keys):
+        ids = [*prompt, *tokenizer.encode(answer)]
+        cuts = windows(len(ids), size, max(1, size // 2))
+        spans[prompt, answer] = [(ids[a:b], max(first, len(prompt)) - a) for a, b, first in cuts if b > len(prompt)]
+    sequences = [ids for own in spans.values() for ids, _ in own]
+    losses = iter(token_losses(model, sequences, batch_size=batch_size, progress=progress))
+    nats = {key: sum(float(next(losses)[first - 1:].sum()) for _, first in own) for key, own in spans.items()}
+    return [nats[key] for key in keys]
+
+
+def choice_nats(
     model: nn.Module, tokenizer: Any, items: Sequence[MultipleChoice], *,
-    template: str = "Question : {question}\nRéponse : ", batch_size: int = 16, progress: bool = False,
-) -> tuple[Estimate, list[int]]:
-    """Choix multiples par vraisemblance : le choix retenu a le moins de nats par octet après la question.
+    ask: Callable[[str], list[int]] | None = None, batch_size: int = 16, progress: bool = False,
+) -> list[list[float]]:
+    """Nats de chaque choix de chaque question ; voir `answer_nats`.
+
+    Args:
+        ask: question → identifiants de l’invite ; par défaut `TEMPLATE`, après le jeton de début.
+
+    Raises:
+        LlamaError: une question n’a pas de choix, un choix est vide, ou la bonne réponse n’est pas parmi eux.
+    """
+    for number, item in enumerate(items, start=1):
+        if not 0 <= item.answer < len(item.choices) or not all(item.choices):
+            raise LlamaError(f"Question {number} : choix vide, ou bonne réponse absente des choix.")
+    ask = ask or prompter(tokenizer)
+    pairs = [(ask(item.question), choice) for item in items for choice in item.choices]
+    nats = iter(answer_nats(model, tokenizer, pairs, batch_size=batch_size, progress=progress))
+    return [[next(nats) for _ in item.choices] for item in items]
+
+
+def choose(
+    items: Sequence[MultipleChoice], nats: Sequence[Sequence[float]], alone: Sequence[Sequence[float]] | None = None
+) -> list[int]:
+    """L’indice retenu pour chaque question : le choix qui a le moins de nats par octet.
 
     Diviser par les octets, non par les jetons, ne favorise ni les réponses longues ni un tokenizer.
+
+    Args:
+        items: les questions.
+        nats: ceux de chaque choix sachant la question (`choice_nats`).
+        alone: ceux de chaque choix sans la question, qui sont alors ôtés. Reste ce que la question lui apporte
+            (Holtzman et al. 2021, §3) : un choix banal, probable après n’importe quoi, n’est plus favorisé.
+    """
+    chosen = []
+    for item, own, prior in zip(items, nats, alone or [[0.0] * len(item.choices) for item in items], strict=True):
+        scores = [(n - p) / len(c.encode()) for n, p, c in zip(own, prior, item.choices, strict=True)]
+        chosen.append(scores.index(min(scores)))
+    return chosen
+
+
+def prompter(tokenizer: Any, template: str = TEMPLATE) -> Callable[[str], list[int]]:
+    """De quoi poser une question à un modèle qui continue des textes : `template`, après le jeton de début."""
+    return lambda question: [*_start(tokenizer), *tokenizer.encode(template.format(question=question))]
+
+
+def rank_choices(
+    model: nn.Module, tokenizer: Any, items: Sequence[MultipleChoice], *, template: str = TEMPLATE,
+    ask: Callable[[str], list[int]] | None = None, calibrated: bool = False, batch_size: int = 16,
+    progress: bool = False,
+) -> tuple[Estimate, list[int]]:
+    """Choix multiples par vraisemblance ; voir `choose`.
+
+    Args:
+        model: voir `answer_nats`.
+        tokenizer: encode l’invite et les choix.
+        items: les questions.
+        template: l’invite d’une question, `{question}` à sa place.
+        ask: question → identifiants de l’invite, si elle n’est pas `template` : une conversation, par exemple.
+        calibrated: ôter des nats de chaque choix ceux qu’il a après une question vide.
+        batch_size: séquences à la fois ; sans effet sur le résultat.
+        progress: montrer une barre.
 
     Returns:
         L’exactitude avec son intervalle, et l’indice choisi pour chaque question.
@@ -184,21 +289,10 @@ def rank_choices(
     Raises:
         LlamaError: une question n’a pas de choix, un choix est vide, ou la bonne réponse n’est pas parmi eux.
     """
-    sequences, prompts, lengths = [], [], []
-    for number, item in enumerate(items, start=1):
-        if not 0 <= item.answer < len(item.choices) or not all(item.choices):
-            raise LlamaError(f"Question {number} : choix vide, ou bonne réponse absente des choix.")
-        prompt = [*_start(tokenizer), *tokenizer.encode(template.format(question=item.question))]
-        for choice in item.choices:
-            sequences.append([*prompt, *tokenizer.encode(choice)])
-            prompts.append(len(prompt))
-            lengths.append(len(choice.encode()))
-    losses = token_losses(model, sequences, batch_size=batch_size, progress=progress)
-    scores = [float(loss[p - 1:].sum()) / n for loss, p, n in zip(losses, prompts, lengths, strict=True)]
-    chosen, position = [], 0
-    for item in items:
-        own = scores[position:position + len(item.choices)]
-        chosen.append(own.index(min(own)))
-        position += len(item.choices)
+    ask = ask or prompter(tokenizer, template)
+    options = {"batch_size": batch_size, "progress": progress}
+    nats = choice_nats(model, tokenizer, items, ask=ask, **options)
+    alone = choice_nats(model, tokenizer, items, ask=lambda _: ask(""), **options) if calibrated else None
+    chosen = choose(items, nats, alone)
     right = sum(guess == item.answer for guess, item in zip(chosen, items, strict=True))
     return proportion(right, len(items)), chosen

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from . import peft_format
 from .config import LlamaError
 from .model import LlamaModel
+from .transformers_format import published_name
 
 DEFAULT = "default"  # le nom que peft donne à un adaptateur unique
 
@@ -278,8 +279,7 @@ def _published(model: nn.Module) -> dict[str, str]:
     paths = [path for path, module in model.named_modules() if type(module) in (nn.Linear, LoRALinear)]
     if not isinstance(model, LlamaModel):
         return {path: path for path in paths}
-    names = paths if model.config.num_local_experts else [path.replace("feed_forward", "mlp") for path in paths]
-    return {path: name if name == "lm_head" else f"model.{name}" for path, name in zip(paths, names, strict=True)}
+    return {path: published_name(path, model.config) for path in paths}
 
 
 def _leaf(path: str) -> str:

@@ -113,7 +113,7 @@ def load_yaml(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise LlamaError(f"Recette introuvable : {source}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise LlamaError(f"Recette illisible : {source} n’est pas un fichier de texte en UTF-8.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError : une date impossible
         mark = getattr(error, "problem_mark", None)
         line = f", ligne {mark.line + 1}" if mark else ""
         raise LlamaError(f"Recette mal formée : {source}{line} n’est pas du YAML ; corrigez-la.") from error

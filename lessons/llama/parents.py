@@ -8,7 +8,6 @@ des modèles aux vocabulaires différents se fondent sans un mot en un modèle q
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ from torch import Tensor
 from .config import LlamaError
 from .pretrained import find
 from .shards import Shards
+from .vocabulary import read_json
 
 LAYER = re.compile(r"^(.*?layers\.)(\d+)(\..+)$")
 # Les tables qui ont une ligne par jeton du vocabulaire.
@@ -50,7 +50,9 @@ class Parent:
 
     def __init__(self, name: str) -> None:
         self.name, self.folder = name, _folder(name)
-        self.config = _read_json(self.folder / "config.json")
+        if not (self.folder / "config.json").is_file():
+            raise LlamaError(f"{self.folder} n’est pas un dossier de modèle : pas de config.json.")
+        self.config = _read_object(self.folder / "config.json")
         n_layers = self.config.get("num_hidden_layers")
         if self.config.get("quantization_config"):
             raise LlamaError(f"{name} est quantifié : déquantifiez-le avant de le fusionner.")
@@ -87,7 +89,7 @@ class Parent:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             return None
-        content = _read_json(path)
+        content = _read_object(path)
         try:
             vocabulary = content["model"]["vocab"]
             if isinstance(vocabulary, list):  # Unigram : une liste de [jeton, score]
@@ -205,13 +207,8 @@ def _folder(name: str) -> Path:
     return find(name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LlamaError(f"{path.parent} n’est pas un dossier de modèle : pas de {path.name}.") from error
-    except (OSError, ValueError) as error:
-        raise LlamaError(f"{path} est illisible : téléchargez-le à nouveau.") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
     if not isinstance(content, dict):
         raise LlamaError(f"{path} est illisible : un objet JSON est attendu.")
     return content

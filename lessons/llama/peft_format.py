@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import LlamaError
+from .config import LlamaError, system_cause
 from .vocabulary import read_json
 
 SETTINGS_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -81,9 +81,8 @@ def write(folder: Path, adapter: StoredAdapter, targets: list[str], force: bool)
         for path in partial.values():
             with contextlib.suppress(OSError):
                 path.unlink()
-        cause = getattr(error, "strerror", None) or error
         raise LlamaError(
-            f"« {folder} » ne peut pas être écrit ({cause}) : vérifiez la place et les droits."
+            f"« {folder} » ne peut pas être écrit ({system_cause(error)}) : vérifiez la place et les droits."
         ) from error
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .config import LlamaError
+from .config import LlamaError, system_cause
 
 Pair = tuple[str, str]
 
@@ -159,7 +159,7 @@ def _read(path: Path, encoding: str) -> str:
     except IsADirectoryError:
         raise LlamaError(f"« {path} » est un dossier : donnez le chemin d’un fichier.") from None
     except OSError as error:
-        raise LlamaError(f"« {path} » est illisible ({error.strerror}) : vérifiez ses droits.") from None
+        raise LlamaError(f"« {path} » est illisible ({system_cause(error)}) : vérifiez ses droits.") from None
     try:
         text = data.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
     except LookupError:

@@ -11,6 +11,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .data import Examples, check_vocabulary, question_examples
 from .evaluation import exact_match, token_f1
 from .generation import generate, stream
 from .history import History
-from .lora import adapter_names, add_lora, save_adapter
+from .lora import LoRALinear, adapter_names, add_lora, save_adapter
 from .questions import QuestionSet
 from .readers import Pair
 from .training import mean_loss, train
@@ -35,6 +36,17 @@ MAX_EXAMPLE = 512
 """Jetons d’un exemple d’affinage, au plus : la mémoire et le temps suivent le plus long."""
 WATCHED = 32
 """Questions mises de côté que l’entraînement surveille, au plus : ses évaluations restent courtes."""
+
+
+@dataclass(frozen=True)
+class FineTuning(TrainingConfig):
+    """Les réglages d’un affinage, adaptateur compris : une reprise doit avoir le même.
+
+    Args:
+        lora: `rank`, `alpha` et `targets` du LoRA entraîné ; None si tous les poids le sont.
+    """
+
+    lora: dict[str, Any] | None = None
 
 
 class BasicModelRunner(QuestionSet):
@@ -181,11 +193,20 @@ class BasicModelRunner(QuestionSet):
             self.model = folded(self.model).requires_grad_(True)
         elif not adapter_names(self.model):
             add_lora(self.model, rank, alpha, targets, seed=config.seed)
+        config = FineTuning(**config.to_dict(), lora=self._lora())
         self.model.gradient_checkpointing = gradient_checkpointing
         self.history = train(self.model, data, config, val=val, out=out, progress=progress)
         self.model.eval()
         self.tokenizer = self._chat_tokenizer
         return self.history
+
+    def _lora(self) -> dict[str, Any] | None:
+        layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, LoRALinear)}
+        adapters = {path: layer.adapters[layer.active] for path, layer in layers.items() if layer.active}
+        if not adapters:
+            return None
+        first, targets = next(iter(adapters.values())), {path.rpartition(".")[2] for path in adapters}
+        return {"rank": first.rank, "alpha": first.alpha, "targets": sorted(targets)}
 
     def evaluate(self) -> dict[str, float]:
         """Mesure le modèle sur les questions mises de côté ; voir `measure`.

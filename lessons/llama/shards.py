@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import LlamaError
+from .config import LlamaError, system_cause
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -104,14 +104,15 @@ class Shards:
             for name, entry in entries.items():
                 start, end = entry["data_offsets"]
                 spec = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                if not 0 <= start <= end <= available or end - start != spec.n_bytes:
+                natural = all(isinstance(n, int) and n >= 0 for n in (start, end, *spec.shape))
+                if not natural or end > available or end - start != spec.n_bytes:
                     raise LlamaError(damaged)
                 self.specs[name], self._places[name] = spec, (path, 8 + length + start)
         except FileNotFoundError as error:
             raise LlamaError(f"Il manque {path}, annoncé par l’index : {_AGAIN}.") from error
         except LlamaError:
             raise
-        except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
+        except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise LlamaError(damaged) from error
 
 
@@ -193,7 +194,7 @@ def new_folder(out: Path, force: bool, inputs: Sequence[Path], n_bytes: int) -> 
             raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        cause = error.strerror or error
+        cause = system_cause(error)
         raise LlamaError(f"Le modèle n’a pas été écrit dans {out} : {cause} ; rien n’a été remplacé.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -215,5 +216,5 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): Path(file).name for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LlamaError(f"Index de poids illisible : {path} ; {_AGAIN}.") from error

@@ -274,9 +274,10 @@ class _Run:
         differences = _differences(found.state["identity"], self.identity)
         if differences:
             raise LlamaError(f"{self.out} tient une autre exécution ({differences}) : choisissez un autre dossier.")
-        missing = set(self._trainable()) ^ set(found.tensors["model"])
-        if missing:
-            raise LlamaError(f"{self.out} a été écrit pour un autre modèle (paramètre {sorted(missing)[0]}).")
+        ours, theirs = ({(name, tensor.shape) for name, tensor in part.items()}
+                        for part in (self._trainable(), found.tensors["model"]))
+        if ours != theirs:
+            raise LlamaError(f"{self.out} a été écrit pour un autre modèle (paramètre {min(ours ^ theirs)[0]}).")
 
     def _parts(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         trainable = self._trainable()

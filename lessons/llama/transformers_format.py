@@ -70,8 +70,13 @@ def to_config(settings: Mapping[str, Any]) -> Config:
     if "quantization_config" in settings:
         raise LlamaError("Modèle quantifié : déquantifiez-le, ou prenez sa version en bf16 ou en float32.")
     values = {ours: settings[theirs] for ours, theirs in COMMON.items() if theirs in settings}
-    values |= _rope(settings, theta=500_000.0 if llama4 else 10_000.0)
-    return Config(**values | (_llama4(settings) if llama4 else {"rope_style": "halves"}))
+    try:
+        values |= _rope(settings, theta=500_000.0 if llama4 else 10_000.0)
+        return Config(**values | (_llama4(settings) if llama4 else {"rope_style": "halves"}))
+    except LlamaError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # un texte ou une liste à la place d’un nombre
+        raise LlamaError(f"config.json a un réglage mal formé ({error}) : téléchargez-le à nouveau.") from error
 
 
 def _rope(settings: Mapping[str, Any], theta: float) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llama import __version__, console
 from llama.config import LlamaError
 from llama.console import command, conclude, number, say
+
+EXAMINATION, HELD_OUT = "examen", "reserve"
+"""Ce que seule l’évaluation nomme, puisque aucun modèle du cours ne l’apprend : l’examen, et les fiches réservées."""
 
 
 @command()
@@ -188,13 +191,14 @@ def chat(
 @command()
 def evaluate(
     model: console.Model,
-    data: console.Data,
+    data: Annotated[str, typer.Option("--data", metavar="DONNÉES", help=(
+        "Fichier CSV, JSON, JSONL ou TXT, dossier, source, jeu du Hub, « examen » ou « reserve »."))],
     questions: Annotated[bool, typer.Option(
         "--questions", help="D’une source, prend les questions plutôt que les textes.")] = False,
     input_key: console.InputKey = None,
     output_key: console.OutputKey = None,
-    limit: Annotated[int, typer.Option(
-        "--limit", min=0, help="Textes ou questions tirés au hasard, au plus ; 0 : tous.")] = 100,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help=(
+        "Textes ou questions, au plus ; 0 : tous. Sans cette option, 100 tirés au hasard, ou tout l’examen."))] = None,
     answers: Annotated[int, typer.Option(
         "--answers", min=0, help="Questions auxquelles le modèle répond vraiment, au plus.")] = 16,
     max_new_tokens: console.MaxNewTokens = 64,
@@ -206,14 +210,20 @@ def evaluate(
     force: console.Force = False,
     as_json: console.Json = False,
 ) -> None:
-    """Mesure un modèle sur des textes ou des questions.
+    """Mesure un modèle sur des textes ou des questions, ou lui fait passer l’examen du cours.
 
     Sur des textes, en bits par octet et en perplexité ; sur des questions, en perplexité, F1 et exactitude. Les
     bits par octet comparent des modèles de vocabulaires différents ; le F1 compte les mots communs à la réponse du
     modèle et à la vraie.
 
+    Aucun modèle du cours n’apprend « reserve », des fiches, ni « examen », leurs questions de droit du travail : un
+    choix multiple (0,25 au hasard, avec son intervalle à 95 %), les bits par octet des réponses, et leur F1.
+
     \b
     Exemples :
+      llama evaluate --model petit --data examen
+      llama evaluate --model smollm2 --data examen --limit 60 --answers 4 --out examen.json
+      llama evaluate --model petit --data reserve --limit 0
       llama evaluate --model modeles/petit --data fiches-travail
       llama evaluate --model modeles/juriste --data atelier --questions --answers 50
       llama evaluate --model smollm2 --data qa.csv --input-key demande --output-key reponse --out mesures.json
@@ -222,20 +232,31 @@ def evaluate(
 
     from llama.corpus import corpus
     from llama.evaluation import bits_per_byte
+    from llama.examination import examine, multiple_choice
     from llama.runner import BasicModelRunner
     from llama.workbench import check_summary_file, machine, write_summary
 
     check_summary_file(out, force)
     started = time.perf_counter()
-    items = corpus(data, input_key, output_key, questions)
-    if limit and len(items) > limit:
-        say(f"{limit} tirés au hasard sur {number(len(items))} (--limit 0 les prend tous).")
-        items = random.Random(seed).sample(items, limit)
+    examined = data == EXAMINATION and not Path(data).exists()
+    if examined:
+        items = multiple_choice(limit or None)
+    else:
+        held_out = data == HELD_OUT and not Path(data).exists()
+        items = _held_out() if held_out else corpus(data, input_key, output_key, questions)
+        limit = 100 if limit is None else limit
+        if limit and len(items) > limit:
+            say(f"{limit} tirés au hasard sur {number(len(items))} (--limit 0 les prend tous).")
+            items = random.Random(seed).sample(items, limit)
     texts = isinstance(items[0], str)
-    say(f"Je mesure {model} sur {number(len(items))} {'textes' if texts else 'questions'} de {data}.")
+    kind, source = "textes" if texts else "questions", "l’examen" if examined else data
+    say(f"Je mesure {model} sur {number(len(items))} {kind} de {source}.")
     with machine(device, threads, seed):
         runner = BasicModelRunner(model, device=device)
-        if texts:
+        if examined:
+            metrics = examine(runner.model, runner.tokenizer, limit=limit or None, n_answers=answers,
+                              max_new_tokens=max_new_tokens, batch_size=batch_size, progress=True).metrics()
+        elif texts:
             length = min(1024, runner.model.config.block_size)
             bits = bits_per_byte(
                 runner.model, runner.tokenizer, items, block_size=length, batch_size=batch_size, progress=True)
@@ -248,5 +269,18 @@ def evaluate(
     summary = {"command": "evaluate", "model": model, "data": data, **metrics, "seed": seed,
                "seconds": round(time.perf_counter() - started, 3)}
     write_summary(out, summary, force)
-    conclude(summary, [f"{label} : {number(metrics[name], 3)}" for name, label in console.METRICS.items()
-                       if name in metrics], as_json)
+    conclude(summary, [f"{label} : {number(metrics[name], 3)}{_interval(metrics, name)}"
+                       for name, label in console.METRICS.items() if name in metrics], as_json)
+
+
+def _held_out() -> list[str]:
+    from llama.holdout import partition, text_of
+
+    return [text_of(document) for document in partition().held_out]
+
+
+def _interval(metrics: dict[str, Any], name: str) -> str:
+    if f"{name}_low" not in metrics:
+        return ""
+    low, high = (number(metrics[f"{name}_{end}"], 3) for end in ("low", "high"))
+    return f" (entre {low} et {high} à 95 %)"

@@ -19,7 +19,7 @@ import regex
 
 from .bpe import GPT2_PATTERN, byte_alphabet
 from .chat import conventions
-from .config import LlamaError
+from .config import LlamaError, system_cause
 
 CHARACTER = r"[\s\S]"
 """Le prédécoupage en caractères."""
@@ -234,7 +234,7 @@ def read_json(path: Path) -> Any:
             "ou étranger, retrouvez l’original."
         ) from None
     except OSError as error:
-        raise LlamaError(f"« {path} » est illisible ({error.strerror}) : vérifiez le chemin.") from None
+        raise LlamaError(f"« {path} » est illisible ({system_cause(error)}) : vérifiez le chemin.") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -249,7 +249,7 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise LlamaError(
-            f"« {path} » ne peut pas être écrit ({error.strerror}) : vérifiez la place et les droits."
+            f"« {path} » ne peut pas être écrit ({system_cause(error)}) : vérifiez la place et les droits."
         ) from None
     finally:
         if temporary is not None:

@@ -37,12 +37,17 @@ def find_device(name: str) -> torch.device:
     """`"auto"`, `"cpu"` ou `"cuda"` → un périphérique ; sous torchrun, chaque processus a son GPU.
 
     Raises:
-        LlamaError: `"cuda"` demandé sans GPU visible.
+        LlamaError: `"cuda"` demandé sans GPU visible, ou moins de GPU que de processus : ils ne se partagent pas.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise LlamaError("Aucun GPU n’est visible de PyTorch : prenez --device cpu (ou device=\"cpu\").")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    wanted, present = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if wanted > present:
+        raise LlamaError(
+            f"{wanted} processus pour {present} GPU : lancez-en {present} (--nproc-per-node), ou prenez --device cpu."
+        )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
@@ -51,8 +56,10 @@ def machine(device: str, threads: int | None = None, seed: int = 0) -> Iterator[
     """Règle les fils et le hasard, rejoint les autres processus si torchrun en a lancé, et rend le périphérique.
 
     Raises:
-        LlamaError: GPU demandé sans GPU visible.
+        LlamaError: voir `find_device` ; graine démesurée.
     """
+    if abs(seed) >= 2**32:
+        raise LlamaError(f"--seed est un entier de 32 bits au plus (reçu : {seed}).")
     chosen = find_device(device)
     if threads:
         torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
     python lessons/resultats/05_smollm2.py
 
-Un quart d’heure d’un cœur.
+Cinq minutes d’un cœur.
 """
 
 import time
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from llama import BasicModelRunner, lesson, sources
 
-STEPS, BATCH, RANK = 60, 4, 16
+STEPS, BATCH, RANK = 40, 4, 16
+SHORT = 190  # caractères d’une question et de sa réponse
 PROMPTS = [
     "Tell me how to fix a broken car window",
     "Que faire si la vitre de ma voiture est cassée ?",
@@ -21,6 +22,7 @@ PROMPTS = [
 
 def main() -> None:
     rows = [row for row in sources.questions("atelier") if not row["articles"]]
+    rows = [row for row in rows if len(row["question"] + row["réponse"]) <= SHORT]
     runner = BasicModelRunner("smollm2")
     runner.load_data(rows, input_key="question", output_key="réponse")
     before = runner.predict(PROMPTS, max_new_tokens=48)
