@@ -11,13 +11,17 @@ import lzma
 import random
 import sys
 
+from torch import nn
+
 from llama import LlamaModel, sources
 from llama.config import PRESETS
+from llama.corpus import corpus
 from llama.evaluation import bits_per_byte
 from llama.generation import generate
 from llama.history import History
 from llama.holdout import SHEETS, partition, text_of
 from llama.lesson import french, load_results, save_results
+from llama.ngrams import NGramModel
 from llama.pretrained import COURSE_MODELS, load_tokenizer
 
 FOLDER = COURSE_MODELS / "petit"
@@ -45,14 +49,19 @@ def samples() -> None:
 
 
 def measures() -> None:
-    """Les bits par octet de toutes les fiches réservées, par `petit` et par deux compresseurs."""
+    """Les bits par octet de toutes les fiches réservées : `petit`, des n-grammes qui ont lu autant, deux compresseurs."""
     model, tokenizer = LlamaModel.from_pretrained("petit"), load_tokenizer("petit")
     texts = [text_of(sheet) for sheet in partition().held_out]
     raw = "".join(texts).encode()
+    counts = NGramModel.fit(map(tokenizer.encode_document, corpus("cours")), tokenizer.vocab_size, order=4)
+
+    def bits(network: nn.Module) -> float:
+        return bits_per_byte(network, tokenizer, texts, block_size=model.config.block_size, progress=True)
+
     save_results(MEASURES, {
         "sheets": len(texts), "bytes": len(raw), "parameters": model.config.n_parameters(),
         "bits_per_byte": {
-            "petit": bits_per_byte(model, tokenizer, texts, block_size=model.config.block_size, progress=True),
+            "petit": bits(model), "n-grammes": bits(counts),
             "gzip": 8 * len(gzip.compress(raw, 9)) / len(raw), "xz": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
         },
     })
@@ -84,11 +93,11 @@ pipeline_tag: text-generation
 
 # petit
 
-Le modèle du cours « L’atelier des LLM » : un Llama de {french(results['parameters'])} paramètres, entraîné de zéro
+Le modèle du cours « L’atelier des LLM » : un Llama de {french(results['parameters'])} paramètres, entraîné de zéro
 sur des textes de droit du travail et de service public, par la boucle et le tokenizer de la bibliothèque `llama`.
-Il continue un texte ; il ne répond pas aux questions (la leçon 5 le lui apprend).
+Il continue un texte ; il ne répond pas aux questions (la leçon 5 le lui apprend).
 
-**C’est un exercice, pas un conseil juridique.** Il écrit des phrases bien formées et des faits faux : délais,
+**C’est un exercice, pas un conseil juridique.** Il écrit des phrases bien formées et des faits faux : délais,
 montants, articles. Ses textes sont d’une date donnée, et le droit change.
 
 ```python
@@ -98,7 +107,7 @@ model = LlamaModel.from_pretrained("petit")
 
 ## Données
 
-{french(summary['n_examples'] * PRESETS['petit']['block_size'] / 1e6, 1)} millions de jetons : les fiches, les
+{french(summary['n_examples'] * PRESETS['petit']['block_size'] / 1e6, 1)} millions de jetons : les fiches, les
 réponses et le Code du travail de quatre publications, moins une fiche de droit du travail sur quatre et une autre
 sur vingt, réservées par sujet avec leurs quasi-doublons (`llama.holdout`).
 
@@ -119,9 +128,9 @@ publiés sont en bfloat16.
 
 Sur {french(results['sheets'])} fiches réservées ({french(results['bytes'] / 1e6, 1)} Mo), en bits par octet :
 
-| petit | xz | gzip |
-|---|---|---|
-| {french(bits['petit'])} | {french(bits['xz'])} | {french(bits['gzip'])} |
+| petit | n-grammes (n = 4, même corpus) | xz | gzip |
+|---|---|---|---|
+| {french(bits['petit'])} | {french(bits['n-grammes'])} | {french(bits['xz'])} | {french(bits['gzip'])} |
 
 Cinquante échantillons, sans choix (`samples.jsonl` : titres de fiches réservées, {MAX_NEW_TOKENS} jetons, température
 {french(SAMPLING['temperature'], 1)}, top-p {french(SAMPLING['top_p'], 1)}), lus phrase à phrase :

@@ -26,7 +26,7 @@ STEPS, BATCH, RANK = 100, 4, 16
 
 def main() -> None:
     model, tokenizer = LlamaModel.from_pretrained("smollm2"), load_tokenizer("smollm2")
-    sheets = [text_of(sheet) for sheet in partition().held_out[::60]]
+    sheets = [text_of(sheet)[:1500] for sheet in partition().held_out[::14]]
 
     def measure() -> float:
         with torch.autocast("cpu", torch.bfloat16):
