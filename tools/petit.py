@@ -49,7 +49,7 @@ def samples() -> None:
 
 
 def measures() -> None:
-    """Les bits par octet de toutes les fiches réservées : `petit`, des n-grammes qui ont lu autant, deux compresseurs."""
+    """Les bits par octet de toutes les fiches réservées : `petit`, des n-grammes, deux compresseurs."""
     model, tokenizer = LlamaModel.from_pretrained("petit"), load_tokenizer("petit")
     texts = [text_of(sheet) for sheet in partition().held_out]
     raw = "".join(texts).encode()
