@@ -98,7 +98,8 @@ sur des textes de droit du travail et de service public, par la boucle et le tok
 Il continue un texte ; il ne répond pas aux questions (la leçon 5 le lui apprend).
 
 **C’est un exercice, pas un conseil juridique.** Il imite la langue de l’administration,
-souvent avec des fautes, et invente des faits : délais, montants, articles. Ses textes sont d’une date donnée, et le droit change.
+souvent avec des fautes, et invente des faits : délais, montants, articles. Ses textes sont
+d’une date donnée, et le droit change.
 
 ```python
 from llama import LlamaModel                        # ou transformers.AutoModelForCausalLM, sur ce dossier
