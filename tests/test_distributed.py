@@ -345,7 +345,7 @@ def test_resumed_with_as_many_processes_is_the_same_bitwise(reports, way):
 
 @pytest.mark.parametrize("cause, messages", [
     ("données", ["ne s’accordent pas"] * 2), ("dossier", ["ne s’accordent pas"] * 2),
-    ("nan", ["n’est plus un nombre au pas 1"] * 2), ("disque", ["disque est plein", "premier processus a échoué"]),
+    ("nan", ["n’est plus un nombre au pas 1"] * 2), ("disque", ["disque plein", "premier processus a échoué"]),
 ])
 def test_what_goes_wrong_for_one_stops_all(reports, cause, messages):
     for report, message in zip(reports, messages, strict=True):
