@@ -28,7 +28,7 @@ timed = @start=$$(date +%s); $(2) && echo "— $(1) : $$(($$(date +%s) - start)
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help html test lessons pdf epub serve pins clean lint unit network pages notebooks site
+.PHONY: help html test lessons pdf epub serve bench pins clean lint unit network pages notebooks site
 
 help: ## énumère les commandes
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{ printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,10 @@ pdf: $(INSTALLED) ## construit le PDF (demande LaTeX et latexmk)
 
 serve: site ## sert le site sur cette machine, à l’adresse affichée
 	@$(PY) -m http.server --bind 127.0.0.1 --directory $(BUILD)/html
+
+# Tous les fils et toutes les instructions de la machine, pour les deux concurrents.
+bench: $(INSTALLED) ## compare les vitesses à celles des autres bibliothèques (dix minutes, machine au repos)
+	@env -u OMP_NUM_THREADS -u ATEN_CPU_CAPABILITY $(PY) benchmarks/all.py --json $(BUILD)/bench.json
 
 pins: $(INSTALLED) ## fige les dépendances indirectes installées dans constraints.txt
 	@$(PY) -m pip freeze --all --exclude-editable --exclude pip > $(VENV)/pins

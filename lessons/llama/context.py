@@ -37,6 +37,7 @@ class KVCache:
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_length, config.d_k)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
+        self._by_layer = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         self.documents: Tensor | None = None  # (B, max_length), dès qu’un masque est donné
         self.length = 0
 
@@ -59,10 +60,11 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Range les clés et valeurs `(B, G, T, d_k)` d’une couche ; rend toutes les siennes, `(B, G, S, d_k)`."""
+        keys, values = self._by_layer[layer]
         end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end].type_as(k), self.values[layer, :, :, :end].type_as(v)
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end].type_as(k), values[:, :, :end].type_as(v)
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Context:
     """Le contexte d’un passage de T jetons, précédés de ceux du cache (S en tout).
 
     Attributes:
-        rotation: rotations de RoPE, `(B ou 1, T, 1, d_k/2)`.
+        rotation: rotations de RoPE, que rend `RotaryPositionalEmbedding`.
         temperature: facteur des requêtes des couches sans RoPE, `(B ou 1, T, 1, 1)`, ou None.
         bias: 0 où une requête voit une clé, −∞ ailleurs, `(B ou 1, 1, T, S)` ; None pour un seul document.
         chunk_bias: le même, coupé en tranches, pour les couches à RoPE.

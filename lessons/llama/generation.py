@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LlamaError
-from .model import KVCache
+from .model import KVCache, LlamaModel
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -65,12 +65,7 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     Returns:
         `(B, V)`, de somme 1 ; à température nulle, toute la masse est sur le plus probable.
     """
-    logits = logits.float()
-    if sampling.repetition_penalty != 1.0 and seen is not None:
-        penalized = torch.where(
-            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-        )
-        logits = torch.where(seen, penalized, logits)
+    logits = _penalized(logits.float(), sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
@@ -175,28 +170,45 @@ def _steps(
     # Remplissage à gauche : le dernier jeton de chaque invite est dans la dernière colonne.
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
     mask = torch.zeros_like(ids)
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt):] = torch.tensor(prompt)
         mask[row, longest - len(prompt):] = 1
-        seen[row, ids[row, longest - len(prompt):]] = True
+        if seen is not None:
+            seen[row, ids[row, longest - len(prompt):]] = True
     cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device=device, dtype=_dtype(model))
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     padding = mask if bool((mask == 0).any()) else None
     try:
         for _ in range(max_new_tokens):
-            logits = model(ids, mask=padding, cache=cache)[:, -1]  # (B, V)
-            shares = probabilities(logits, sampling, seen)
+            logits = _next_logits(model, ids, padding, cache)  # (B, V)
             if sampling.temperature == 0:
-                ids = shares.argmax(1, keepdim=True)
+                ids = _penalized(logits, sampling.repetition_penalty, seen).argmax(1, keepdim=True)
             else:
+                shares = probabilities(logits, sampling, seen)
                 drawn = [torch.multinomial(p.cpu(), 1, generator=g) for p, g in zip(shares, generators, strict=True)]
                 ids = torch.stack(drawn).to(device)  # (B, 1)
-            seen.scatter_(1, ids, True)
+            if seen is not None:
+                seen.scatter_(1, ids, True)
             padding = torch.ones_like(ids) if padding is not None else None
             yield ids[:, 0].tolist()
     finally:
         model.train(was_training)
+
+
+def _penalized(logits: Tensor, penalty: float, seen: Tensor | None) -> Tensor:
+    if penalty == 1.0 or seen is None:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _next_logits(model: nn.Module, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+    """Les logits qui suivent le dernier jeton, `(B, V)` : sur une longue invite, ceux des autres coûteraient cher."""
+    if isinstance(model, LlamaModel):
+        return model.logits(model.hidden_states(ids, mask, cache)[:, -1])
+    return model(ids, mask=mask, cache=cache)[:, -1]
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -24,7 +24,7 @@ ROW_TILE = 32
 
 
 def keep_freed_memory() -> None:
-    """Demande à glibc de garder la mémoire rendue : la redemander à chaque pas au système coûte un dixième du temps."""
+    """Demande à glibc de garder la mémoire rendue : la redemander à chaque pas au système coûte un dixième du temps."""
     if sys.platform != "linux":
         return
     try:
@@ -66,6 +66,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm de `x` `(…, d)`, rendue dans le type où les couches linéaires qui la lisent calculeront."""
+    if not torch.is_grad_enabled():
+        return F.rms_norm(x, weight.shape, weight, eps).to(compute_dtype(x))
     return _RMSNorm.apply(x, weight, eps, compute_dtype(x))
 
 
@@ -85,8 +87,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     training = torch.is_grad_enabled() and q.requires_grad
     if training and q.device.type == "cpu" and 1 < T == S <= LONGEST_EXPLICIT:
         return _explicit_attention(q, k, v, _causal_bias(q) if bias is None else bias)
+    if T == 1:  # les têtes qui partagent leurs clés, mises bout à bout, ne les lisent qu’une fois
+        rows = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, G, H/G, d_k)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=bias).view(q.shape)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=bias is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 

@@ -62,9 +62,12 @@ class RotaryPositionalEmbedding(nn.Module):
         return frequencies * (kept + (1 - kept) / self.scaling["factor"])
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Positions `(B, T)` → rotations e^{i m θ}, complexes `(B, T, 1, d_k/2)`, que toutes les couches partagent."""
+        """Positions `(B, T)` → leurs rotations, que toutes les couches partagent : ce que lit `rotate`."""
         angles = positions[..., None, None].float() * self.frequencies(positions.device)  # (B, T, 1, d_k/2)
-        return torch.polar(torch.ones_like(angles), angles)
+        if self.style == "pairs":
+            return torch.polar(torch.ones_like(angles), angles)  # e^{i m θ}
+        cos, sin = angles.cos(), angles.sin()
+        return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])  # (2, B, T, 1, d_k)
 
     def rotate(self, x: Tensor, rotation: Tensor) -> Tensor:
         """Tourne les paires de `x` `(B, T, H, d_k)`."""
@@ -72,10 +75,9 @@ class RotaryPositionalEmbedding(nn.Module):
             z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rotation
             return torch.view_as_real(z).flatten(-2).type_as(x)
         # (x₀, x_{d/2}), (x₁, x_{d/2+1})… : décaler d’une moitié met en face l’autre membre de chaque paire.
-        cos, sin = rotation.real, rotation.imag
+        cos, sin = rotation
         z = x.float()
-        turned = z.roll(self.d_k // 2, -1) * torch.cat([-sin, sin], -1)
-        return torch.addcmul(turned, z, torch.cat([cos, cos], -1)).type_as(x)
+        return torch.addcmul(z.roll(self.d_k // 2, -1) * sin, z, cos).type_as(x)
 
 
 class Attention(nn.Module):
@@ -87,7 +89,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int, rope: RotaryPositionalEmbedding) -> None:
         super().__init__()
-        self.layer, self.d_k, self.eps = layer, config.d_k, config.rms_norm_eps
+        self.layer, self.n_heads, self.d_k, self.eps = layer, config.n_heads, config.d_k, config.rms_norm_eps
         self.rotate = rope.rotate if layer not in config.nope_layers else None
         self.qk_norm = config.qk_norm
         self.q_proj = nn.Linear(config.d_model, config.n_heads * config.d_k, bias=False)
@@ -97,21 +99,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`(B, T, d_model)` → `(B, T, d_model)`."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.d_k))  # (B, T, H, d_k)
-        k = self.k_proj(x).unflatten(-1, (-1, self.d_k))  # (B, T, G, d_k)
-        v = self.v_proj(x).unflatten(-1, (-1, self.d_k))  # (B, T, G, d_k)
+        qk, v = self.project(x)
         bias = context.bias
         if self.rotate:
-            q, k, bias = self.rotate(q, context.rotation), self.rotate(k, context.rotation), context.chunk_bias
+            qk, bias = self.rotate(qk, context.rotation), context.chunk_bias
             if self.qk_norm:
-                q, k = F.rms_norm(q, (self.d_k,), eps=self.eps), F.rms_norm(k, (self.d_k,), eps=self.eps)
-        elif context.temperature is not None:
+                qk = F.rms_norm(qk, (self.d_k,), eps=self.eps)
+        q, k = qk.split([self.n_heads, v.shape[2]], 2)  # (B, T, H, d_k), (B, T, G, d_k)
+        if self.rotate is None and context.temperature is not None:
             q = (q * context.temperature).type_as(q)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
         y = kernels.attention(q, k, v, bias)  # (B, H, T, d_k)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Requêtes et clés côte à côte, `(B, T, H + G, d_k)`, et valeurs, `(B, T, G, d_k)`."""
+        qk = torch.cat([self.q_proj(x), self.k_proj(x)], -1)
+        return qk.unflatten(-1, (-1, self.d_k)), self.v_proj(x).unflatten(-1, (-1, self.d_k))
 
 
 class ExpertMLP(nn.Module):
@@ -252,7 +258,11 @@ class LlamaModel(nn.Module):
         Raises:
             LlamaError: le cache est trop court.
         """
-        return F.linear(self.hidden_states(ids, mask, cache), self.head)  # (B, T, V)
+        return self.logits(self.hidden_states(ids, mask, cache))  # (B, T, V)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """La tête : `(…, d_model)` → `(…, V)`."""
+        return F.linear(x, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
 
     @property
     def head(self) -> Tensor:

@@ -147,7 +147,10 @@ def save(
     with torch.device("meta"):
         bare = LlamaModel(config).state_dict()
     if weights.keys() != bare.keys():
-        raise LlamaError("Ce modèle porte un adaptateur : repliez-le (lora.fold), puis ôtez-le (lora.remove_lora).")
+        raise LlamaError(
+            "Ce modèle porte un adaptateur, ou a été préparé à décoder : repliez l’un (lora.fold) et ôtez-le "
+            "(lora.remove_lora), ou enregistrez l’original de l’autre."
+        )
     dtype = dtype or next(iter(weights.values())).dtype
     settings = from_config(config, dtype)
     if tokenizer is not None:
