@@ -114,6 +114,19 @@ def test_a_new_adapter_changes_nothing():
     assert torch.equal(logits(model), before)
 
 
+def test_an_adapted_head_counts():
+    """La tête n’est pas qu’une matrice : son adaptateur agit sur les logits, comme chez peft."""
+    ours, theirs = own(tie_word_embeddings=False), peft_model(reference(tie_word_embeddings=False), targets=["lm_head"])
+    add_lora(ours, 4, 7, ["lm_head"], seed=3)
+    with torch.no_grad():
+        for model in (ours, theirs):
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name or name.endswith(".B"):
+                    parameter.fill_(0.1)
+    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+    assert not torch.allclose(logits(ours), logits(own(tie_word_embeddings=False)), atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_forward_as_peft(dtype):
     ours, theirs = reference().to(dtype), peft_model(reference().to(dtype))
@@ -387,36 +400,36 @@ def at(function, place, *settings):
 
 MISUSES = {
     "rang nul": (own, call(add_lora, 0, 7, TARGETS), "Le rang est un entier strictement positif"),
-    "rang négatif": (own, call(add_lora, -4, 7, TARGETS), "(reçu : -4)"),
-    "rang fractionnaire": (own, call(add_lora, 1.5, 7, TARGETS), "(reçu : 1.5)"),
+    "rang négatif": (own, call(add_lora, -4, 7, TARGETS), "(reçu : -4)"),
+    "rang fractionnaire": (own, call(add_lora, 1.5, 7, TARGETS), "(reçu : 1.5)"),
     "alpha": (own, call(add_lora, 4, 0, TARGETS), "alpha est un nombre strictement positif"),
     "dropout": (own, call(add_lora, 4, 7, TARGETS, dropout=1.0), "dropout est une probabilité"),
     "sans cible": (own, call(add_lora, 4, 7, []), "targets est une liste non vide"),
     "cible en texte": (own, call(add_lora, 4, 7, "q_proj"), "targets est une liste non vide"),
-    "cible inconnue": (own, call(add_lora, 4, 7, ["q_proj", "w_q"]), "introuvable : w_q ; couches linéaires"),
+    "cible inconnue": (own, call(add_lora, 4, 7, ["q_proj", "w_q"]), "introuvable : w_q ; couches linéaires"),
     "cibles possibles": (own, call(add_lora, 4, 7, ["w_q"]), "q_proj, k_proj, v_proj, o_proj, gate_proj"),
-    "cible non linéaire": (own, call(add_lora, 4, 7, ["embed_tokens"]), "Cible introuvable : embed_tokens"),
-    "fin de nom partielle": (own, call(add_lora, 4, 7, ["proj"]), "Cible introuvable : proj"),
-    "nom à point": (own, call(add_lora, 4, 7, TARGETS, name="a.b"), "Nom d’adaptateur impossible : 'a.b'"),
-    "nom réservé": (own, call(add_lora, 4, 7, TARGETS, name="keys"), "Nom d’adaptateur impossible : 'keys'"),
-    "sans adaptateur": (own, call(use_adapter, "droit"), "Pas d’adaptateur « droit » ; ce modèle a : aucun"),
+    "cible non linéaire": (own, call(add_lora, 4, 7, ["embed_tokens"]), "Cible introuvable : embed_tokens"),
+    "fin de nom partielle": (own, call(add_lora, 4, 7, ["proj"]), "Cible introuvable : proj"),
+    "nom à point": (own, call(add_lora, 4, 7, TARGETS, name="a.b"), "Nom d’adaptateur impossible : 'a.b'"),
+    "nom réservé": (own, call(add_lora, 4, 7, TARGETS, name="keys"), "Nom d’adaptateur impossible : 'keys'"),
+    "sans adaptateur": (own, call(use_adapter, "droit"), "Pas d’adaptateur « droit » ; ce modèle a : aucun"),
     "rien à replier": (own, call(fold), "Aucun adaptateur actif à replier"),
     "rien à déplier": (own, call(unfold), "Rien à déplier"),
-    "rien à enregistrer": (own, at(save_adapter, "inutile"), "Pas d’adaptateur « default »"),
+    "rien à enregistrer": (own, at(save_adapter, "inutile"), "Pas d’adaptateur « default »"),
     "dossier absent": (own, at(load_adapter, "rien"), "introuvable"),
     "moins de couches": (
         partial(own, num_hidden_layers=2), at(load_adapter, "lora"),
-        "») : la couche model.layers.2.",
+        "») : la couche model.layers.2.",
     ),
     "autre largeur": (
         partial(own, intermediate_size=32), at(load_adapter, "lora"),
-        "down_proj, (16, 24), est ici (16, 32) ; chargez le modèle de base",
+        "down_proj, (16, 24), est ici (16, 32) ; chargez le modèle de base",
     ),
     "autre architecture": (partial(nn.Linear, 16, 16), at(load_adapter, "lora"), "est ici absente"),
-    "nom pris": (adapted, call(add_lora, 4, 7, TARGETS), "L’adaptateur « default » existe déjà"),
-    "nom pris au chargement": (adapted, at(load_adapter, "lora"), "L’adaptateur « default » existe déjà"),
-    "nom inconnu": (adapted, call(use_adapter, "droit"), "ce modèle a : default"),
-    "dossier occupé": (adapted, at(save_adapter, "lora"), "existe déjà : écrivez ailleurs"),
+    "nom pris": (adapted, call(add_lora, 4, 7, TARGETS), "L’adaptateur « default » existe déjà"),
+    "nom pris au chargement": (adapted, at(load_adapter, "lora"), "L’adaptateur « default » existe déjà"),
+    "nom inconnu": (adapted, call(use_adapter, "droit"), "ce modèle a : default"),
+    "dossier occupé": (adapted, at(save_adapter, "lora"), "existe déjà : écrivez ailleurs"),
     "déjà replié": (folded, call(fold), "dépliez-le d’abord"),
     "changer replié": (folded, call(use_adapter, None), "dépliez-le d’abord"),
     "ajouter replié": (folded, call(add_lora, 4, 7, TARGETS, name="b"), "dépliez-le d’abord"),

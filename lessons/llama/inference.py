@@ -3,7 +3,8 @@
 Décoder un jeton lit tous les poids pour une seule ligne d’activations : le temps est celui de cette lecture, non du
 calcul. `prepare` range donc les poids dans l’ordre où ils seront lus (`native`), réunit les couches qui lisent la même
 entrée, et peut réduire chaque poids à deux octets ou à un seul. Sans compilateur, les mêmes poids passent par le
-produit par lots de PyTorch. Le modèle d’origine reste intact : c’est lui que l’on entraîne et que l’on enregistre.
+produit par lots de PyTorch : on y gagne de la mémoire, mais guère de temps. Le modèle d’origine reste intact : c’est
+lui que l’on entraîne et que l’on enregistre.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .config import LlamaError
 from .lora import LoRALinear
 from .model import Attention, ExpertMLP, LlamaModel, MoE
 
-FEW_ROWS = 8
+FEW_ROWS = 16
 """Au-delà, le calcul l’emporte sur la lecture des poids, et les produits de PyTorch vont plus vite."""
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
