@@ -101,6 +101,16 @@ def test_train_takes_a_tokenizer_and_several_corpora(work):
     assert both["n_examples"] > 1.9 * alone["n_examples"]
 
 
+def test_train_starts_from_a_model_and_its_tokenizer(work):
+    base = BasicModelRunner(work / "base")
+    summary = done("train", "--from", "base", *TRAIN[1:], "--block-size", "16", "--out", "suite")
+    after = BasicModelRunner(work / "suite")
+    assert after.tokenizer.to_transformers().get_vocab() == base.tokenizer.to_transformers().get_vocab()
+    assert summary["n_parameters"] == base.model.config.n_parameters()
+    bits = [bits_per_byte(r.model, r.tokenizer, TEXTS, block_size=16) for r in (base, after)]
+    assert bits[1] < bits[0]
+
+
 def test_train_on_questions_makes_a_model_that_converses(work):
     done(*TRAIN, "--data", "qa.jsonl", "--out", "mêlé")
     done(*TRAIN[:1], "--data", "qa.jsonl", *TRAIN[3:], "--out", "converse")
@@ -277,6 +287,9 @@ BAD = [
     ("train", ("--tokenizer", "absent"), nothing, "introuvable"),
     ("train", ("--tokenizer", "qa.jsonl"), nothing, "qa.jsonl"),
     ("train", ("--out", "pris"), foreign, "ne vient pas de llama"),
+    ("train", ("--from", "absent"), nothing, "Modèle introuvable"),
+    ("train", ("--from", "base", "--tokenizer", "base"), nothing, "retirez --tokenizer"),
+    ("train", ("--from", "base", "--out", "base", "--force"), nothing, "ne vient pas de llama"),
     ("train", ("--out", "pris", "--force"), foreign, "ne vient pas de llama"),
     ("train", ("--out", "textes.txt"), nothing, "est un fichier"),
     ("train", ("--out", "textes.txt/sous/dossier"), nothing, "est un fichier"),

@@ -212,6 +212,7 @@ Steps = Annotated[int, typer.Option("--steps", min=1, help="Pas d’optimiseur."
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Exemples par pas, ou à la fois.")]
 MicroBatchSize = Annotated[int | None, typer.Option(
     "--micro-batch-size", min=1, help="Exemples passés à la fois (accumulation) ; sinon tous.")]
+BlockSize = Annotated[int, typer.Option("--block-size", min=1, help="Jetons par exemple, au plus.")]
 Numbers = Annotated[Precision, typer.Option("--precision", help="Type des calculs.")]
 EvalEvery = Annotated[int | None, typer.Option(
     "--eval-every", min=0, help="Pas entre deux évaluations ; sinon six en tout.")]

@@ -30,6 +30,9 @@ def train(
     vocab_size: Annotated[int, typer.Option("--vocab-size", min=1, help="Jetons du tokenizer à entraîner.")] = 4096,
     tokenizer: Annotated[Path | None, typer.Option(
         "--tokenizer", metavar="DOSSIER", help="Tokenizer déjà entraîné, au lieu d’en entraîner un.")] = None,
+    start: Annotated[str | None, typer.Option(
+        "--from", metavar="MODÈLE", help="Modèle dont partir, avec son tokenizer, au lieu de zéro.")] = None,
+    block_size: console.BlockSize = 256,
     steps: console.Steps = 1000,
     batch_size: console.BatchSize = 16,
     micro_batch_size: console.MicroBatchSize = None,
@@ -56,11 +59,12 @@ def train(
       llama train --data atelier --vocab-size 1024 --steps 200 --out modeles/essai
       llama train --data fiches-travail --data contributions --preset petit --save-precision bf16 --out modeles/droit
       llama train --data mes_textes/ --steps 500 --eval-every 50 --out modeles/mien
+      llama train --from smollm2 --data fiches-travail --learning-rate 3e-4 --steps 200 --out modeles/juriste
       torchrun --nproc-per-node 2 -m llama train --data fiches-travail --sharded --out modeles/deux
     """
     import torch
 
-    from llama.assembly import without_chat_template
+    from llama.assembly import folded, load, without_chat_template
     from llama.data import Examples, prepare, split_corpus
     from llama.model import LlamaModel
     from llama.tokenization import BPETokenizer, Tokenizer
@@ -80,27 +84,31 @@ def train(
             f"sur {place.type}, dans {out}.")
         parts = [split_corpus(name, seed=seed) for name in data]
         items = [item for part, _ in parts for item in part]
-        if tokenizer:
-            vocabulary = Tokenizer.load(tokenizer)
+        if start:
+            model, vocabulary = load(start)
+            model = folded(model).requires_grad_(True).to(place)
         else:
-            say(f"D’abord un tokenizer de {number(vocab_size)} jetons.")
-            vocabulary = BPETokenizer.train(
-                [item if isinstance(item, str) else "\n".join(item) for item in items], vocab_size)
-        model = LlamaModel(Config(vocab_size=vocabulary.vocab_size, **PRESETS[preset])).to(place)
-        length = model.config.block_size
+            if tokenizer:
+                vocabulary = Tokenizer.load(tokenizer)
+            else:
+                say(f"D’abord un tokenizer de {number(vocab_size)} jetons.")
+                vocabulary = BPETokenizer.train(
+                    [item if isinstance(item, str) else "\n".join(item) for item in items], vocab_size)
+            model = LlamaModel(Config(vocab_size=vocabulary.vocab_size, **PRESETS[preset])).to(place)
+        length = min(block_size, model.config.block_size)
         examples, val = (
             Examples(*map(torch.cat, zip(*(prepare(part, vocabulary, length) for part in side), strict=True)))
             for side in zip(*parts, strict=True))
         size = model.config.n_parameters()
-        say(f"{number(size)} paramètres, {number(vocabulary.vocab_size)} jetons de vocabulaire ; "
+        say(f"{number(size)} paramètres, {number(model.config.vocab_size)} jetons de vocabulaire ; "
             f"{number(len(examples.ids))} blocs de {length} jetons à apprendre, {number(len(val.ids))} mis de côté.")
-        if all(isinstance(item, str) for item in items):  # qui n’a lu que des textes ne sait que les continuer
+        if not start and all(isinstance(item, str) for item in items):  # des textes n’apprennent qu’à continuer
             vocabulary = without_chat_template(vocabulary)
         with output:
             _resume(output)
             history = run(model, examples, config, val=sample(val, seed), out=output.checkpoints)
             summary = output.finish({
-                "n_parameters": size, "vocab_size": vocabulary.vocab_size, "n_examples": len(examples.ids),
+                "n_parameters": size, "vocab_size": model.config.vocab_size, "n_examples": len(examples.ids),
                 **results_of(history),
             }, history, partial(
                 model.save_pretrained, tokenizer=vocabulary,
@@ -214,7 +222,7 @@ def distill(
     temperature: Annotated[float, typer.Option(
         "--temperature", min=0.01, help="Adoucit les probabilités du maître.")] = 2.0,
     alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Part du maître dans la perte.")] = 0.5,
-    block_size: Annotated[int, typer.Option("--block-size", min=1, help="Jetons par exemple, au plus.")] = 256,
+    block_size: console.BlockSize = 256,
     steps: console.Steps = 200,
     batch_size: console.BatchSize = 8,
     micro_batch_size: console.MicroBatchSize = None,
