@@ -11,8 +11,10 @@ import json
 import lzma
 import random
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ from llama.vocabulary import write_json
 FOLDER = COURSE_MODELS / "petit"
 SAMPLES, MEASURES, CARD = FOLDER / "samples.jsonl", FOLDER / "measures.json", FOLDER / "README.md"
 N_SAMPLES, MAX_NEW_TOKENS = 50, 80
-SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+SAMPLING = {"temperature": 0.4, "top_p": 0.9, "repetition_penalty": 1.1}
 WATTS = 20  # un cœur de serveur, mémoire et refroidissement compris : un ordre de grandeur
 READINGS = tuple(Path(f"modeles/petit-{rank}") for rank in (1, 2))
 COMMON = "--batch-size 8 --precision bf16 --save-precision bf16 --eval-every 400 --threads 1"
@@ -65,8 +67,11 @@ def publish(first: Path, second: Path) -> None:
     later = {kind: [{**record, "step": record["step"] + start} for record in getattr(histories[1], kind)]
              for kind in ("steps", "evaluations")}
     joined = History(histories[0].steps + later["steps"], histories[0].evaluations + later["evaluations"])
-    LlamaModel.from_pretrained(second).save_pretrained(
-        FOLDER, tokenizer=load_tokenizer(second), dtype=torch.bfloat16, force=True)
+    with tempfile.TemporaryDirectory() as name:
+        weights = Path(name) / "petit"
+        LlamaModel.from_pretrained(second).save_pretrained(
+            weights, tokenizer=load_tokenizer(second), dtype=torch.bfloat16)
+        shutil.copytree(weights, FOLDER, dirs_exist_ok=True)
     joined.to_json(FOLDER / "history.json")
     totals = {key: sum(summary[key] for summary in summaries) for key in ("steps", "tokens", "seconds")}
     write_json(FOLDER / "summary.json", {**summaries[1], **totals, "readings": summaries})
@@ -170,7 +175,8 @@ Sur {french(results['sheets'])} fiches réservées ({french(results['bytes'] / 1
 | {french(bits['petit'])} | {french(bits['n-grammes'])} | {french(bits['xz'])} | {french(bits['gzip'])} |
 
 Cinquante échantillons, sans choix (`samples.jsonl` : titres de fiches réservées, {MAX_NEW_TOKENS} jetons, température
-{french(SAMPLING['temperature'], 1)}, top-p {french(SAMPLING['top_p'], 1)}), lus phrase à phrase :
+{french(SAMPLING['temperature'], 1)}, top-p {french(SAMPLING['top_p'], 1)}, pénalité de répétition
+{french(SAMPLING['repetition_penalty'], 1)}), lus phrase à phrase :
 {sound} sans faute relevée ; {_faults(faults)}. Les deux moins fautifs, puis les deux plus fautifs :
 
 {examples}
