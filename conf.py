@@ -46,6 +46,7 @@ extensions = [
     "docstrings",
     "exercices",
     "lecons",
+    "parcours",
     "quiz",
     "recherche",
 ]

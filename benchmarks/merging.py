@@ -36,18 +36,20 @@ def measure(source: str = "smollm2", repeats: int = 2, processes: bool = True) -
                 results[name].append(_run(command))
         difference = _difference(folder / "llama", folder / "mergekit")
         size = sum(path.stat().st_size for path in folder.glob("a/*.safetensors"))
-        disk = _copy_seconds(folder, size)
+        disk, startup = _copy_seconds(folder, size), _run(["-c", "import torch, llama.recipe"])[0]
     columns = {name: [list(column) for column in zip(*rows, strict=True)] for name, rows in results.items()}
     (seconds, anonymous, resident), (theirs, their_anonymous, their_resident) = columns.values()
     cost = {"smaller_is_better": True}
     return Report("SLERP de deux SmolLM2", [
-        Measure("temps", "s", seconds, theirs, 5.0, disk, **cost),
+        Measure("temps", "s", seconds, theirs, 5.0, disk + startup, **cost),
         Measure("mémoire anonyme, au plus", "Mo", anonymous, their_anonymous, **cost),
         Measure("mémoire résidente, au plus", "Mo", resident, their_resident, 3.0, **cost),
     ], [
         f"Plus grand écart entre les deux fusions, rapporté au plus grand poids du tenseur : {french(difference)}.",
         "La mémoire résidente compte aussi les pages des fichiers lus, que le système reprend quand il veut.",
-        f"Limite du temps : lire deux fois et écrire une fois {french(size / 1e6)} Mo.",
+        f"Profil : {french(startup)} s à démarrer Python et torch, {french(disk)} s à lire deux fois et écrire une "
+        f"fois {french(size / 1e6)} Mo ; le reste, {french(min(seconds) - startup - disk)} s, à calculer et vérifier.",
+        "Limite du temps : démarrer, lire et écrire, et rien d’autre.",
     ])
 
 

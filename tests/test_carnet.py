@@ -28,7 +28,7 @@ CELLS = [
     ("texte", "print('première ligne')\nprint('<seconde>')"),
 ]
 CONF = """
-extensions = ["myst_nb", "carnet"]
+extensions = ["myst_nb", "carnet", "parcours"]
 source_suffix = {".rst": "restructuredtext", ".ipynb": "myst-nb"}
 nb_execution_mode = "off"
 language = "fr"
@@ -69,6 +69,13 @@ Perte :valeur:`petit:perte` ; :valeur:`petit:perte | unité` ; :valeur:`petit:pe
 
 .. carnet:: petit texte
    :sortie-seule:
+
+.. parcours::
+   :hasard: 25
+   :titre: Le parcours
+
+   Premier : petit:perte
+   Second : petit:perte, petit:part, petit:perte
 """
 
 
@@ -158,6 +165,13 @@ def test_figure_alt_on_the_page_of_the_notebook(page, build):
     assert 'alt="Une droite qui monte."' in html
 
 
+def test_journey_gathers_values_in_a_figure(page, build):
+    figure = re.search(r'<img alt="Le parcours[^>]*>', page)[0]
+    assert f"Premier, 2,31{NBSP}nats{NBSP}; Second, 2,31{NBSP}nats." in figure
+    image = re.search(r'src="([^"]+)"', figure)[1]
+    assert (build.source / "_build/html" / image).read_bytes().startswith(b"\x89PNG")
+
+
 def test_other_formats_get_the_plain_table(build):
     text, warnings = build(builder="text")
     assert warnings == ""
@@ -174,6 +188,9 @@ def test_other_formats_get_the_plain_table(build):
     (":valeur:`petit:perte | zzz`", "le format «_zzz_» ne convient pas à la valeur 2.31"),
     (".. figure-carnet:: petit:perte", "le carnet petit n’enregistre pas la figure «_perte_»"),
     (".. figure-carnet:: petit:courbe\n   :alt: autre", "unknown option: \"alt\""),
+    (".. parcours::\n\n   Un : petit:rien", "le carnet petit n’enregistre pas la valeur «_rien_»"),
+    (".. parcours::\n\n   Un petit:perte", "écrivez «_nom_: carnet:valeur_»"),
+    (".. parcours::\n\n   Un : petit:perte, petit:part", "une valeur et ses deux bornes"),
     (".. carnet:: petit rien", "le carnet petit n’a pas de cellule de code étiquetée «_rien_»"),
     (".. carnet:: petit texte\n   :code-seul:\n   :sortie-seule:", "entre :code-seul: et :sortie-seule:"),
 ])

@@ -1,5 +1,6 @@
-"""La fiche de `petit` : ses échantillons, ses mesures, son README. À lancer après l’avoir entraîné.
+"""Entraîne `petit`, puis en fait la fiche : échantillons, mesures, README.
 
+    python tools/petit.py train      # les deux lectures du corpus, dans modeles/, puis le dossier publié
     python tools/petit.py samples    # cinquante échantillons, sans choix ; un lecteur y compte ensuite les fautes
     python tools/petit.py measures   # bits par octet des fiches réservées, et ceux des compresseurs
     python tools/petit.py card       # la fiche, faite de tout ce qui précède et du journal de l’entraînement
@@ -9,8 +10,14 @@ import gzip
 import json
 import lzma
 import random
+import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from llama import LlamaModel, sources
@@ -23,17 +30,51 @@ from llama.holdout import SHEETS, partition, text_of
 from llama.lesson import french, load_results, save_results
 from llama.ngrams import NGramModel
 from llama.pretrained import COURSE_MODELS, load_tokenizer
+from llama.vocabulary import write_json
 
 FOLDER = COURSE_MODELS / "petit"
 SAMPLES, MEASURES, CARD = FOLDER / "samples.jsonl", FOLDER / "measures.json", FOLDER / "README.md"
 N_SAMPLES, MAX_NEW_TOKENS = 50, 80
-SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+SAMPLING = {"temperature": 0.4, "top_p": 0.9, "repetition_penalty": 1.1}
 WATTS = 20  # un cœur de serveur, mémoire et refroidissement compris : un ordre de grandeur
-COMMAND = (
-    "llama train --data cours --preset petit --vocab-size 4096 --steps {steps} --batch-size {batch_size} "
-    "--learning-rate {learning_rate} --precision bf16 --save-precision bf16 --eval-every {eval_every} --threads 1 "
-    "--out modeles/petit"
+READINGS = tuple(Path(f"modeles/petit-{rank}") for rank in (1, 2))
+COMMON = "--batch-size 8 --precision bf16 --save-precision bf16 --eval-every 400 --threads 1"
+COMMANDS = (
+    f"llama train --data cours --preset petit --vocab-size 4096 --steps 7400 --learning-rate 2e-3 {COMMON} "
+    f"--out {READINGS[0]}",
+    f"llama train --data cours --from {READINGS[0]} --steps 4600 --learning-rate 1.5e-3 {COMMON} --out {READINGS[1]}",
 )
+
+
+def train() -> None:
+    """Lance les deux commandes, qui reprennent où elles en étaient, et publie ce qu’elles donnent."""
+    for command in COMMANDS:
+        subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
+    publish(*READINGS)
+
+
+def publish(first: Path, second: Path) -> None:
+    """Met dans le paquet les poids de la seconde lecture, et le journal des deux."""
+    folders = (first, second)
+    histories = [History.from_json(folder / "history.json") for folder in folders]
+    summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
+    summaries[1]["arguments"]["start"] = str(READINGS[0])
+    for name in ("preset", "vocab_size"):  # sans objet quand on part d’un modèle
+        del summaries[1]["arguments"][name]
+    for summary, folder in zip(summaries, READINGS, strict=True):
+        summary["folder"] = str(folder)
+    start = len(histories[0].steps)
+    later = {kind: [{**record, "step": record["step"] + start} for record in getattr(histories[1], kind)]
+             for kind in ("steps", "evaluations")}
+    joined = History(histories[0].steps + later["steps"], histories[0].evaluations + later["evaluations"])
+    with tempfile.TemporaryDirectory() as name:
+        weights = Path(name) / "petit"
+        LlamaModel.from_pretrained(second).save_pretrained(
+            weights, tokenizer=load_tokenizer(second), dtype=torch.bfloat16)
+        shutil.copytree(weights, FOLDER, dirs_exist_ok=True)
+    joined.to_json(FOLDER / "history.json")
+    totals = {key: sum(summary[key] for summary in summaries) for key in ("steps", "tokens", "seconds")}
+    write_json(FOLDER / "summary.json", {**summaries[1], **totals, "readings": summaries})
 
 
 def samples() -> None:
@@ -117,13 +158,13 @@ sur vingt, réservées par sujet avec leurs quasi-doublons (`llama.holdout`).
 ## Entraînement
 
 ```
-{COMMAND.format(**summary['arguments'])}
+{chr(10).join(COMMANDS)}
 ```
 
 Graine {summary['arguments']['seed']}, {french(summary['tokens'] / 1e6, 1)} millions de jetons lus en
-{french(hours, 1)} heures d’un cœur ({load_origin()}), soit environ {french(hours * WATTS / 1000, 2)} kWh à {WATTS}
-W par cœur, mémoire et refroidissement compris (un ordre de grandeur). Le journal est dans `history.json`. Les poids
-publiés sont en bfloat16.
+{french(hours, 1)} heures d’un cœur, parfois deux ({load_origin()}), soit au plus
+{french(2 * hours * WATTS / 1000, 2)} kWh à {WATTS} W par cœur, mémoire et refroidissement compris (un ordre de
+grandeur). Le journal des deux lectures est dans `history.json`. Les poids publiés sont en bfloat16.
 
 ## Mesures
 
@@ -134,7 +175,8 @@ Sur {french(results['sheets'])} fiches réservées ({french(results['bytes'] / 1
 | {french(bits['petit'])} | {french(bits['n-grammes'])} | {french(bits['xz'])} | {french(bits['gzip'])} |
 
 Cinquante échantillons, sans choix (`samples.jsonl` : titres de fiches réservées, {MAX_NEW_TOKENS} jetons, température
-{french(SAMPLING['temperature'], 1)}, top-p {french(SAMPLING['top_p'], 1)}), lus phrase à phrase :
+{french(SAMPLING['temperature'], 1)}, top-p {french(SAMPLING['top_p'], 1)}, pénalité de répétition
+{french(SAMPLING['repetition_penalty'], 1)}), lus phrase à phrase :
 {sound} sans faute relevée ; {_faults(faults)}. Les deux moins fautifs, puis les deux plus fautifs :
 
 {examples}
@@ -154,7 +196,7 @@ def load_origin() -> str:
 
 
 if __name__ == "__main__":
-    steps = {"samples": samples, "measures": measures, "card": card}
+    steps = {"train": train, "samples": samples, "measures": measures, "card": card}
     if len(sys.argv) != 2 or sys.argv[1] not in steps:
         sys.exit(f"usage : python tools/petit.py {'|'.join(steps)}")
     steps[sys.argv[1]]()

@@ -77,11 +77,14 @@ def train(
             precision=precision, eval_every=_every(eval_every, steps), checkpoint_every=checkpoint_every, seed=seed,
             sharded=sharded,
         )
+        if start and tokenizer:
+            raise LlamaError("--from apporte le tokenizer du modèle : retirez --tokenizer.")
         output = Output(out, force, "train", {
-            "data": data, "preset": preset, "vocab_size": vocab_size, "tokenizer": tokenizer, **settings_of(config),
-        }, inputs=[*data, *([tokenizer] if tokenizer else [])])
-        say(f"J’entraîne un modèle « {preset} » sur {', '.join(data)} : {number(steps)} pas de {batch_size} blocs, "
-            f"sur {place.type}, dans {out}.")
+            "data": data, "preset": preset, "vocab_size": vocab_size, "tokenizer": tokenizer, "start": start,
+            "block_size": block_size, **settings_of(config),
+        }, inputs=[*data, *filter(None, [tokenizer, start])])
+        say(f"J’entraîne {start or f'un modèle « {preset} »'} sur {', '.join(data)} : {number(steps)} pas de "
+            f"{batch_size} blocs, sur {place.type}, dans {out}.")
         parts = [split_corpus(name, seed=seed) for name in data]
         items = [item for part, _ in parts for item in part]
         if start:
