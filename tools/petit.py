@@ -164,7 +164,9 @@ sur vingt, réservées par sujet avec leurs quasi-doublons (`llama.holdout`).
 Graine {summary['arguments']['seed']}, {french(summary['tokens'] / 1e6, 1)} millions de jetons lus en
 {french(hours, 1)} heures d’un cœur, parfois deux ({load_origin()}), soit au plus
 {french(2 * hours * WATTS / 1000, 2)} kWh à {WATTS} W par cœur, mémoire et refroidissement compris (un ordre de
-grandeur). Le journal des deux lectures est dans `history.json`. Les poids publiés sont en bfloat16.
+grandeur). Le journal des deux lectures est dans `history.json`. Les poids publiés sont en bfloat16. La seconde lecture,
+partie pour 5 600 pas sur deux cœurs, a été ramenée au millième à 4 600 pas sur un cœur : son taux n’y suit donc pas
+exactement la commande.
 
 ## Mesures
 
